@@ -1,0 +1,66 @@
+"""The family as two autograd Functions: a reduced loss, and the differentiable row statistics.
+
+Both save the logits, which are never modified, and O(N) numbers a backward pass needs besides them, so a backward pass
+may run any number of times and with any upstream gradient. The arithmetic is the backend's.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cot_kernels.backends import aten
+from cot_kernels.objectives import Objective
+
+
+def backend_for(logits: Tensor) -> ModuleType:
+    """Triton for tensors on a GPU, and for any tensor under Triton's interpreter; ATen for the rest."""
+    if logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+        from cot_kernels.backends import triton  # costs a second to import: only where it is used
+
+        return triton
+    return aten
+
+
+class RowLoss(torch.autograd.Function):
+    """``reduce_n l(b_n, S_n)`` for an objective ``l``; see :mod:`cot_kernels.objectives`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, ignore_index: int, objective: Objective, reduction: str
+    ) -> Tensor:
+        ctx.backend = backend_for(logits)
+        loss, saved = ctx.backend.loss(logits, target, ignore_index, objective, reduction)
+        ctx.save_for_backward(logits, *saved)
+        return loss  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+        logits, *saved = ctx.saved_tensors
+        return ctx.backend.gradient(logits, tuple(saved), upstream), None, None, None, None
+
+
+class RowStatistics(torch.autograd.Function):
+    """``(z_g, L, S)`` for each row."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.backend = backend_for(logits)
+        target_logit, complement_lse, negentropy, saved = ctx.backend.statistics(logits, target, ignore_index)
+        ctx.save_for_backward(logits, *saved)
+        return target_logit, complement_lse, negentropy
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(
+        ctx: Any, d_target_logit: Tensor, d_complement_lse: Tensor, d_negentropy: Tensor
+    ) -> tuple[Tensor, None, None]:
+        logits, *saved = ctx.saved_tensors
+        upstreams = (d_target_logit, d_complement_lse, d_negentropy)
+        return ctx.backend.statistics_gradient(logits, tuple(saved), *upstreams), None, None

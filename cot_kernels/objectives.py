@@ -1,0 +1,110 @@
+"""The loss family as row formulas with hand-written partials.
+
+A row of logits ``z`` with target class ``g`` enters every loss through two numbers only:
+
+    b = L - z_g            log-odds of a wrong class,  L = log sum_{j != g} exp(z_j),   p = p_g = sigmoid(-b)
+    S = sum q_j log q_j    negentropy of the complement,  q_j = exp(z_j - L),  j != g
+
+so an objective is a scalar function ``l(b, S)`` with the partials ``dl/db`` and ``dl/dS``:
+
+| objective                       | l(b, S) / scale                    | dl/db / scale                                   | dl/dS / scale |
+|---------------------------------|------------------------------------|-------------------------------------------------|---------------|
+| ComplementEntropyObjective      | h = u (S + ln u)                   | (h + u) v,   v = p eps / (1 - p + eps)           | u             |
+| GuidedComplementEntropyObjective| G h,   G = (p + eps)^alpha         | G ((h + u) v - alpha h p (1 - p) / (p + eps))    | G u           |
+| CrossEntropyObjective           | softplus(b) + w S                  | 1 - p                                           | w             |
+
+with ``u = (1 - p) / (1 - p + eps)`` and ``1 - p = sigmoid(b)``, never computed as a difference.
+
+The partials are written out, and not left to autograd, because differentiating ``ln u`` through ``1 - p`` subtracts
+nearly equal numbers: in float32 that alone costs 7e-5 of the gradient at 32,000 classes.
+
+Sources: complement entropy, Chen et al., ICLR 2019 (arXiv 1903.01182); guided complement entropy, Chen et al., ICCV
+2019 (arXiv 1903.09799); complement cross-entropy, Kim et al., 2021 (arXiv 2009.02189).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+
+class RowValues(NamedTuple):
+    """An objective and its two partials, one entry a row."""
+
+    loss: Tensor
+    d_log_odds: Tensor
+    d_negentropy: Tensor
+
+
+@dataclass(frozen=True)
+class ComplementEntropyObjective:
+    """``scale * u (S + ln u)``; with ``eps = 0`` exactly ``scale * S``."""
+
+    scale: float
+    eps: float
+
+    def scaled(self, factor: float) -> ComplementEntropyObjective:
+        return ComplementEntropyObjective(self.scale * factor, self.eps)
+
+    def rows(self, log_odds: Tensor, negentropy: Tensor) -> RowValues:
+        if self.eps == 0:
+            slope = torch.full_like(negentropy, self.scale)
+            return RowValues(negentropy * self.scale, torch.zeros_like(negentropy), slope)
+        miss = torch.sigmoid(log_odds)  # 1 - p
+        guarded = miss + self.eps
+        u = miss / guarded
+        d_negentropy = u * self.scale
+        # xlogy(u, u) is 0, not NaN, where 1 - p underflows.
+        loss = torch.special.xlogy(d_negentropy, u).addcmul_(d_negentropy, negentropy)
+        d_log_odds = loss + d_negentropy
+        d_log_odds = d_log_odds.addcmul_(d_log_odds, miss, value=-1).div_(guarded).mul_(self.eps)
+        return RowValues(loss, d_log_odds, d_negentropy)
+
+
+@dataclass(frozen=True)
+class GuidedComplementEntropyObjective:
+    """``scale * (p_g + eps)^alpha * u (S + ln u)``."""
+
+    scale: float
+    eps: float
+    alpha: float
+
+    def scaled(self, factor: float) -> GuidedComplementEntropyObjective:
+        return GuidedComplementEntropyObjective(self.scale * factor, self.eps, self.alpha)
+
+    def rows(self, log_odds: Tensor, negentropy: Tensor) -> RowValues:
+        plain = ComplementEntropyObjective(1.0, self.eps).rows(log_odds, negentropy)
+        p, miss = torch.sigmoid(-log_odds), torch.sigmoid(log_odds)
+        guided = p + self.eps
+        guide = guided.pow(self.alpha).mul_(self.scale)
+        # (p + eps)^alpha has an infinite slope at p + eps = 0, but p (1 - p) / (p + eps) stays within [0, 1]; where p
+        # underflows and eps = 0 it is 0 / 0, and its limit there is 1.
+        ratio = torch.where(guided > 0, p * miss / guided, miss)
+        d_log_odds = guide * (plain.d_log_odds - self.alpha * ratio * plain.loss)
+        return RowValues(guide * plain.loss, d_log_odds, guide * plain.d_negentropy)
+
+
+@dataclass(frozen=True)
+class CrossEntropyObjective:
+    """``scale * (softplus(b) + weight * S)``: cross-entropy minus ``weight`` times the complement entropy ``-S``."""
+
+    scale: float
+    weight: float
+
+    def scaled(self, factor: float) -> CrossEntropyObjective:
+        return CrossEntropyObjective(self.scale * factor, self.weight)
+
+    def rows(self, log_odds: Tensor, negentropy: Tensor) -> RowValues:
+        # Beyond the threshold softplus(b) is b itself: 40 keeps float64 exact, the default of 20 is off by 1e-10.
+        loss = softplus(log_odds, threshold=40).mul_(self.scale)
+        if self.weight:
+            loss.add_(negentropy, alpha=self.scale * self.weight)
+        d_log_odds = torch.sigmoid(log_odds).mul_(self.scale)
+        return RowValues(loss, d_log_odds, torch.full_like(negentropy, self.scale * self.weight))
+
+
+Objective: TypeAlias = ComplementEntropyObjective | GuidedComplementEntropyObjective | CrossEntropyObjective
