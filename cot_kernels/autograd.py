@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cot_kernels.backends import aten
 from cot_kernels.objectives import Objective
@@ -21,14 +20,27 @@ from cot_kernels.objectives import Objective
 def backend_for(logits: Tensor) -> ModuleType:
     """Triton for tensors on a GPU, and for any tensor under Triton's interpreter; ATen for the rest."""
     if logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
-        from cot_kernels.backends import triton  # costs a second to import: only where it is used
+        from cot_kernels.backends.triton import backend  # imports Triton: only where it is needed
 
-        return triton
+        return backend
     return aten
 
 
+def _refuse_double_backward() -> None:
+    # Gradients are enabled within a backward pass only under create_graph=True. The hand-written gradient carries no
+    # graph of its own: without this it would silently count as a constant.
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the fused losses have no second derivative (create_graph=True): for double backward use the op-by-op "
+            "losses of cot_kernels.reference"
+        )
+
+
 class RowLoss(torch.autograd.Function):
-    """``reduce_n l(b_n, S_n)`` for an objective ``l``; see :mod:`cot_kernels.objectives`."""
+    """``reduce_n l(b_n, S_n)`` for an objective ``l``; see :mod:`cot_kernels.objectives`.
+
+    Unreduced losses come in the backend's own shape, one entry a row: a view made in here could not be changed in place.
+    """
 
     @staticmethod
     def forward(
@@ -40,8 +52,8 @@ class RowLoss(torch.autograd.Function):
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+        _refuse_double_backward()
         logits, *saved = ctx.saved_tensors
         return ctx.backend.gradient(logits, tuple(saved), upstream), None, None, None, None
 
@@ -57,10 +69,10 @@ class RowStatistics(torch.autograd.Function):
         return target_logit, complement_lse, negentropy
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(
         ctx: Any, d_target_logit: Tensor, d_complement_lse: Tensor, d_negentropy: Tensor
     ) -> tuple[Tensor, None, None]:
+        _refuse_double_backward()
         logits, *saved = ctx.saved_tensors
         upstreams = (d_target_logit, d_complement_lse, d_negentropy)
         return ctx.backend.statistics_gradient(logits, tuple(saved), *upstreams), None, None

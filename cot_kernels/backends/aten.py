@@ -168,7 +168,7 @@ def _few(logits: Tensor, index: Tensor, objective: Objective) -> tuple[Tensor, T
 def loss(
     logits: Tensor, target: Tensor, ignore_index: int, objective: Objective, reduction: str
 ) -> tuple[Tensor, Saved]:
-    """Row losses (``reduction="none"``) or their sum or mean, and what :func:`gradient` needs.
+    """Row losses (``reduction="none"``, (N, 1) or (N, 1, D)) or their sum or mean, and what :func:`gradient` needs.
 
     Args:
         logits: (N, K) or (N, K, D), any strides.
@@ -192,16 +192,14 @@ def loss(
     if ignored is not None:
         row_loss.masked_fill_(ignored, 0)
     if reduction == "none":
-        return row_loss.squeeze(1), saved
+        return row_loss, saved
     total = row_loss.sum()
     # With nothing to average over the mean is 0 / 0, as in torch.nn.functional.cross_entropy.
     return total if count or reduction == "sum" else total.fill_(torch.nan), saved
 
 
 def gradient(logits: Tensor, saved: Saved, upstream: Tensor) -> Tensor:
-    """``upstream * dl/dz`` in the dtype and layout of the logits; ``upstream`` is a scalar or shaped like the target."""
-    if upstream.dim():
-        upstream = upstream.unsqueeze(1)
+    """``upstream * dl/dz`` in the dtype and layout of the logits; ``upstream`` is shaped like the loss."""
     if len(saved) == 1:
         return (_present(saved[0]) * upstream).to(logits.dtype)
     index, ignored, shift, log_total, slope, offset, at_target = saved
@@ -210,15 +208,16 @@ def gradient(logits: Tensor, saved: Saved, upstream: Tensor) -> Tensor:
 
 
 def statistics(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Saved]:
-    """target_logit, complement_lse and negentropy, each shaped like the target (zero where ignored), and the saved rows."""
+    """target_logit, complement_lse and negentropy, (N, 1) or (N, 1, D) each (zero where ignored), and the saved rows."""
     index, ignored = _check_targets(target, ignore_index, logits.shape[1])
     rows = _statistics(logits, index)
     target_logit = logits.gather(1, index).to(rows.shift.dtype)
     complement_lse = (rows.shift + rows.log_total).masked_fill_(rows.shift <= FLOOR, -torch.inf)
-    values = [target_logit.squeeze(1), complement_lse.squeeze(1), rows.negentropy.squeeze(1)]
+    negentropy = rows.negentropy.clone()  # the caller's to change; ours is saved
     if ignored is not None:
-        values = [value.masked_fill(ignored.squeeze(1), 0) for value in values]
-    return values[0], values[1], values[2], (index, ignored, *rows)
+        for value in (target_logit, complement_lse, negentropy):
+            value.masked_fill_(ignored, 0)
+    return target_logit, complement_lse, negentropy, (index, ignored, *rows)
 
 
 def statistics_gradient(
@@ -227,6 +226,5 @@ def statistics_gradient(
     """The gradient of anything built on :func:`statistics`, from what reaches its three outputs."""
     index, ignored, *rest = saved
     rows = _Statistics(*(_present(each) for each in rest))
-    upstreams = (each.unsqueeze(1) for each in (d_target_logit, d_complement_lse, d_negentropy))
-    coefficients = _coefficients(rows, *upstreams)
+    coefficients = _coefficients(rows, d_target_logit, d_complement_lse, d_negentropy)
     return _gradient(logits, _present(index), ignored, rows.shift, rows.log_total, *coefficients)

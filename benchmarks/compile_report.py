@@ -1,0 +1,245 @@
+"""What the compiler makes of every kernel variant, on a machine with no GPU: registers, stack, spills, access widths.
+
+``python -m benchmarks.compile_report`` compiles the variants that :mod:`cot_kernels.backends.triton.launch` would launch,
+for sm_80, sm_90, sm_100 and gfx942, reads the cubins with the disassembler that the triton wheel carries, and writes
+one JSON object a variant. It must run without TRITON_INTERPRET, which replaces the compiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from cot_kernels.backends.triton import gradient, launch, objectives, statistics
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
+TWINS = {
+    "complement_entropy": objectives.complement_entropy,
+    "guided_complement_entropy": objectives.guided_complement_entropy,
+    "cross_entropy": objectives.cross_entropy,
+    "statistics": None,
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way the logits may lie in memory; one launch configuration a dtype."""
+
+    name: str
+    num_classes: int
+    class_stride: int = 1
+    aligned: bool = True
+
+
+LAYOUTS = (
+    Layout("short", 1000),
+    Layout("short, odd", 10, aligned=False),
+    Layout("medium", 4096),
+    Layout("long", 128256),
+    Layout("long, odd", 50257),
+    Layout("long, unequal heads", 50257, aligned=False),
+    Layout("class-major", 21, class_stride=1 << 18),
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with everything that is fixed when it is compiled."""
+
+    kernel: str
+    layout: str
+    dtype: str
+    target: str
+    objective: str
+    reduces: bool
+    split: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was read from a compiled variant; None where a target's toolchain does not tell."""
+
+    variant: Variant
+    wide_access_promised: bool
+    registers: int | None
+    stack_bytes: int | None
+    spill_bytes: int | None
+    global_loads: dict[str, int]
+    global_stores: dict[str, int]
+
+
+def variants() -> Iterator[Variant]:
+    """Each layout and dtype with one objective, and each objective, reduction and split on two layouts.
+
+    What follows a row's statistics depends on the logits only through the precision it is computed in, so bf16 and
+    fp64 stand for all dtypes there; fp64, which is for checking gradients, is compiled for one target.
+    """
+    found: dict[Variant, None] = {}
+    for target in TARGETS:
+        for dtype in DTYPES if target == "sm_90" else [dtype for dtype in DTYPES if dtype != "fp64"]:
+            for layout in LAYOUTS:
+                for kernel in ("statistics", "gradient"):
+                    found[Variant(kernel, layout.name, dtype, target, "complement_entropy", True, False)] = None
+            if dtype not in ("bf16", "fp64"):
+                continue
+            for objective in TWINS:
+                for kernel, layout, split in (
+                    ("statistics", "long", False),
+                    ("statistics", "long", True),
+                    ("merge", "long", True),
+                    ("statistics", "short", False),
+                ):
+                    for reduces in (False,) if objective == "statistics" else (True, False):
+                        found[Variant(kernel, layout, dtype, target, objective, reduces, split)] = None
+            for mean in (True, False):
+                found[Variant("reduce", "", dtype, target, "", mean, False)] = None
+            found[Variant("gradient", "long", dtype, target, "", False, False)] = None
+    yield from found
+
+
+def tile_of(variant: Variant) -> tuple[Layout, launch.Tile]:
+    layout = next(each for each in LAYOUTS if each.name == variant.layout)
+    itemsize = DTYPES[variant.dtype]
+    rows_aligned = layout.aligned and (layout.num_classes * itemsize) % 16 == 0
+    tile = launch.choose_tile(
+        layout.num_classes, itemsize, layout.class_stride, rows_aligned=rows_aligned, head_aligned=layout.aligned
+    )
+    return layout, tile
+
+
+def source_of(variant: Variant) -> tuple[ASTSource, dict[str, int]]:
+    """The kernel with the types and specialisations that a launch would give it, and its compile options."""
+    accumulated = "*fp64" if variant.dtype == "fp64" else "*fp32"
+    constants: dict[str, Any]
+    if variant.kernel == "reduce":
+        kernel, warps = statistics.reduce_kernel, 4
+        constants = {"MEAN": variant.reduces, "BLOCK": 1024}
+        layout = None
+    else:
+        layout, tile = tile_of(variant)
+        warps = tile.warps
+        twin = TWINS.get(variant.objective)
+        if variant.kernel == "statistics":
+            kernel = statistics.statistics_kernel
+            constants = {
+                "OBJECTIVE": twin, "REDUCES": variant.reduces, "SPLIT": variant.split, "ROWS": tile.rows,
+                "LANES": tile.lanes, "VEC": tile.vec, "ALIGN": tile.align,
+            }  # fmt: skip
+        elif variant.kernel == "merge":
+            kernel, warps = statistics.merge_kernel, 4
+            constants = {"OBJECTIVE": twin, "REDUCES": variant.reduces, "ROWS": 16, "SPLITS": 16}
+        else:
+            kernel = gradient.gradient_kernel
+            constants = {"HAS_FACTOR": variant.reduces, "ROWS": tile.rows, "BLOCK": tile.block, "ALIGN": tile.align}
+    types, divisible = {}, []
+    for name in kernel.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name in ("logits_pointer", "grad_pointer"):
+            types[name] = f"*{variant.dtype}"
+            divisible.append(name)
+        elif name == "target_pointer":
+            types[name] = "*i64"
+            divisible.append(name)
+        elif name.endswith("_pointer"):
+            types[name] = accumulated
+            divisible.append(name)
+        elif name in ("scale", "parameter", "exponent"):
+            types[name] = "fp64"
+        elif layout is not None and layout.class_stride == 1 and name in ("inner", "stride_k", "grad_stride_k"):
+            types[name], constants[name] = "constexpr", 1
+        elif layout is not None and layout.class_stride != 1 and name in ("stride_d", "grad_stride_d"):
+            types[name], constants[name] = "constexpr", 1
+        elif name in ("stride_n", "stride_d", "grad_stride_n", "grad_stride_d"):
+            types[name] = "i64"
+        else:
+            types[name] = "i32"
+    if layout is not None and layout.class_stride == 1:  # (N, K): the strides of the absent dimension are 0
+        divisible += [name for name in ("stride_d", "grad_stride_d") if name in types]
+    if layout is not None and layout.num_classes % 16 == 0:
+        divisible += [name for name in ("num_classes", "stride_n", "grad_stride_n") if types.get(name, "").startswith("i")]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    return ASTSource(kernel, types, constexprs, attributes), {"num_warps": warps}
+
+
+def _sass_tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _accesses(sass: str, instruction: str) -> dict[str, int]:
+    """How many global accesses of each width, in bits, the machine code holds."""
+    widths: dict[str, int] = {}
+    for modifiers in re.findall(rf"\b{instruction}((?:\.\w+)*)", sass):
+        width = re.search(r"\.(8|16|32|64|128|256)\b", modifiers.replace(".U", ".").replace(".S", "."))
+        key = width[1] if width else "32"
+        widths[key] = widths.get(key, 0) + 1
+    return widths
+
+
+def report_on(variant: Variant) -> Report:
+    source, options = source_of(variant)
+    promised = variant.kernel in ("statistics", "gradient") and tile_of(variant)[1].align > 1
+    compiled = triton.compile(source, target=TARGETS[variant.target], options=options)
+    if variant.target.startswith("gfx"):
+        assembly = compiled.asm["amdgcn"]
+        found = {key: re.search(rf"\.{key}:\s*(\d+)", assembly) for key in ("vgpr_count", "private_segment_fixed_size")}
+        spills = sum(int(count) for count in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", assembly))
+        registers, stack = (int(match[1]) if match else None for match in found.values())
+        return Report(variant, promised, registers, stack, spills, {}, {})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run(
+            [_sass_tool("cuobjdump"), "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+        sass = subprocess.run([_sass_tool("nvdisasm"), cubin.name], capture_output=True, text=True, check=True).stdout
+    resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    local = sum(_accesses(sass, "LDL").values()) + sum(_accesses(sass, "STL").values())
+    return Report(
+        variant,
+        promised,
+        resources["REG"],
+        resources["STACK"],
+        resources["LOCAL"] + 4 * local,
+        _accesses(sass, "LDG"),
+        _accesses(sass, "STG"),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", choices=TARGETS, action="append", help="only this target (may be repeated)")
+    parser.add_argument("--output", type=Path, help="file to write; standard output if not given")
+    arguments = parser.parse_args()
+    wanted = [each for each in variants() if not arguments.target or each.target in arguments.target]
+    with ProcessPoolExecutor(2) as pool:
+        reports = [asdict(report) for report in pool.map(report_on, wanted, chunksize=4)]
+    text = json.dumps(reports, indent=1)
+    if arguments.output:
+        arguments.output.write_text(text)
+    else:
+        sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Triton kernels: GPUs, and the CPU under Triton's interpreter. :mod:`.backend` is the way in."""

@@ -1,0 +1,175 @@
+"""The loss family in Triton: GPUs, and the CPU under Triton's interpreter.
+
+A loss is at most three launches: the statistics of the rows with the objective (a second one merges them where rows
+were split), the reduction, and, in the backward pass, the gradient. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, TypeAlias
+
+import torch
+import triton
+from torch import Tensor
+
+from cot_kernels.backends.triton import launch
+from cot_kernels.backends.triton.gradient import gradient_kernel
+from cot_kernels.backends.triton.objectives import device_twin
+from cot_kernels.backends.triton.statistics import merge_kernel, reduce_kernel, statistics_kernel
+from cot_kernels.objectives import Objective
+
+# What a forward pass hands its backward pass: target, state [5, N] (see statistics.finish), 1 / count where a mean.
+Saved: TypeAlias = tuple[Tensor | None, ...]
+
+_REDUCE_BLOCK = 1024
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    # Triton's interpreter runs on the CPU: any number will do, and a GPU's takes the paths that a GPU takes.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def _accumulation_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _strides(logits: Tensor) -> tuple[int, int, int, int]:
+    """inner, stride_n, stride_k, stride_d of (N, K) or (N, K, D) logits; row n * inner + d."""
+    if logits.dim() == 2:
+        return 1, logits.stride(0), logits.stride(1), 0
+    return logits.shape[2], *logits.stride()
+
+
+def _tile(*tensors: Tensor) -> launch.Tile:
+    """The tile for logits, or for logits and their gradient, which is read and written alike."""
+    logits = tensors[0]
+    num_classes, itemsize = logits.shape[1], logits.itemsize
+    _, stride_n, stride_k, stride_d = _strides(logits)
+    on_boundary = all(each.data_ptr() % 16 == 0 for each in tensors)
+    alike = all(each.stride() == logits.stride() for each in tensors)
+    per_access = 16 // itemsize
+    rows_aligned = on_boundary and alike and stride_n % per_access == 0 and stride_d == 0
+    class_stride = max(_strides(each)[2] for each in tensors)
+    return launch.choose_tile(
+        num_classes,
+        itemsize,
+        class_stride,
+        rows_aligned=rows_aligned,
+        head_aligned=len(tensors) == 1 or (on_boundary and alike),
+    )
+
+
+def _forward(
+    logits: Tensor, target: Tensor, ignore_index: int, objective: Objective | None, reduces: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row values (or partial sums of them, and of the rows counted), the target in row order, and the state."""
+    target = target.contiguous()
+    num_rows, num_classes = target.numel(), logits.shape[1]
+    dtype, device = _accumulation_dtype(logits), logits.device
+    twin: Any = None
+    parameters = (0.0, 0.0, 0.0)
+    if objective is not None:
+        twin, parameters = device_twin(objective)
+    tile = _tile(logits)
+    tiles = triton.cdiv(num_classes + tile.align - 1, tile.block)
+    splits = launch.choose_splits(num_rows, tiles, _multiprocessors(device)) if tile.rows == 1 and num_rows else 1
+    merge_rows = max(1, 256 // launch.next_power_of_two(splits))
+    blocks = triton.cdiv(num_rows, merge_rows if splits > 1 else tile.rows)
+
+    state = torch.empty((5, num_rows), dtype=dtype, device=device)
+    if reduces:
+        values = torch.empty((2, blocks), dtype=dtype, device=device)
+    else:
+        values = torch.empty((1 if objective is not None else 3, num_rows), dtype=dtype, device=device)
+    if not num_rows:
+        return values, target, state
+    parts = torch.empty((3, num_rows, splits), dtype=dtype, device=device) if splits > 1 else state
+    common = (
+        logits, target, parts, state, values, values, num_rows, num_classes, *_strides(logits),
+        ignore_index, *parameters, splits,
+    )  # fmt: skip
+    programs = num_rows * splits if splits > 1 else blocks
+    statistics_kernel[(programs,)](
+        *common,
+        OBJECTIVE=twin,
+        REDUCES=reduces,
+        SPLIT=splits > 1,
+        ROWS=tile.rows,
+        LANES=tile.lanes,
+        VEC=tile.vec,
+        ALIGN=tile.align,
+        num_warps=tile.warps,
+    )
+    if splits > 1:
+        merge_kernel[(blocks,)](
+            *common, OBJECTIVE=twin, REDUCES=reduces, ROWS=merge_rows, SPLITS=launch.next_power_of_two(splits)
+        )
+    return values, target, state
+
+
+def loss(
+    logits: Tensor, target: Tensor, ignore_index: int, objective: Objective, reduction: str
+) -> tuple[Tensor, Saved]:
+    """Row losses (``reduction="none"``, (1, rows)) or their sum or mean, and what :func:`gradient` needs.
+
+    Args:
+        logits: (N, K) or (N, K, D), any strides.
+        target: (N) or (N, D), integers.
+    """
+    values, flat_target, state = _forward(logits, target, ignore_index, objective, reduction != "none")
+    if reduction == "none":
+        return values, (flat_target, state, None)
+    result, factor = values.new_empty(()), values.new_empty(())
+    reduce_kernel[(1,)](
+        values, result, factor, values.shape[1], MEAN=reduction == "mean", BLOCK=_REDUCE_BLOCK, num_warps=4
+    )
+    return result, (flat_target, state, factor if reduction == "mean" else None)
+
+
+def gradient(logits: Tensor, saved: Saved, upstream: Tensor) -> Tensor:
+    """``upstream * dl/dz`` in the dtype of the logits; ``upstream`` is shaped like the loss."""
+    target, state, factor = saved
+    assert target is not None and state is not None
+    grad = torch.empty_like(logits)
+    if not grad.numel():
+        return grad
+    num_rows, num_classes = target.numel(), logits.shape[1]
+    upstream = upstream.reshape(-1)  # a view of any scalar or expanded upstream
+    tile = _tile(logits, grad)
+    tiles = triton.cdiv(num_classes + (tile.align - 1 if tile.rows == 1 else 0), tile.block)
+    inner, *strides = _strides(logits)
+    gradient_kernel[(triton.cdiv(num_rows, tile.rows) * tiles,)](
+        logits, target, state, upstream, upstream if factor is None else factor, grad,
+        num_rows, num_classes, inner, *strides, *_strides(grad)[1:],
+        upstream.stride(0) if upstream.numel() == num_rows and num_rows > 1 else 0, tiles,
+        HAS_FACTOR=factor is not None,
+        ROWS=tile.rows,
+        BLOCK=tile.block,
+        ALIGN=tile.align,
+        num_warps=tile.warps,
+    )  # fmt: skip
+    return grad
+
+
+def statistics(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Saved]:
+    """target_logit, complement_lse and negentropy, (rows) each (zero where ignored), and the saved rows."""
+    values, flat_target, state = _forward(logits, target, ignore_index, None, False)
+    target_logit, complement_lse, negentropy = (value.clone() for value in values.unbind())
+    return target_logit, complement_lse, negentropy, (flat_target, state, values)
+
+
+def statistics_gradient(
+    logits: Tensor, saved: Saved, d_target_logit: Tensor, d_complement_lse: Tensor, d_negentropy: Tensor
+) -> Tensor:
+    """The gradient of anything built on :func:`statistics`, from what reaches its three outputs."""
+    target, state, values = saved
+    assert state is not None and values is not None
+    state = state.clone()
+    slope, d_lse, at_target = (each.reshape(-1) for each in (d_negentropy, d_complement_lse, d_target_logit))
+    torch.mul(slope, math.log(2), out=state[2])
+    torch.sub(slope * values[2], d_lse, out=state[3])
+    state[4] = at_target
+    return gradient(logits, (target, state, None), state.new_ones(()))

@@ -1,0 +1,111 @@
+"""Backward pass: one kernel for the whole family, one read of the logits and one write of their gradient.
+
+    dl/dz_j = q_j (f_L + f_S ((z_j - L) - S)),  j != g        dl/dz_g = f_g
+
+In the units of the forward pass, with x = z_j log2 e - shift - log2 s = (z_j - L) log2 e, that is
+``2^x (slope x - offset)``: an exponential and three multiply-adds a logit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from cot_kernels.backends.triton.tiles import FLOOR, LOG2E, hint, is_interior, misalignment, row_pointers, step_back
+
+
+@triton.jit
+def complement_gradient(z, shift, log_total, slope, offset):  # type: ignore[no-untyped-def]
+    # Subtracting the shift first keeps the rounding of a large L out of q. The clamp is for logits at -inf.
+    x = tl.maximum((z * LOG2E - shift) - log_total, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    return tl.exp2(x) * (slope * x - offset)
+
+
+@triton.jit
+def gradient_kernel(  # type: ignore[no-untyped-def]
+    logits_pointer,
+    target_pointer,
+    state_pointer,
+    upstream_pointer,
+    factor_pointer,  # read where the loss is a mean: 1 / count
+    grad_pointer,
+    num_rows,
+    num_classes,
+    inner,
+    stride_n,
+    stride_k,
+    stride_d,
+    grad_stride_n,
+    grad_stride_k,
+    grad_stride_d,
+    upstream_stride,
+    tiles,
+    HAS_FACTOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """The gradient of ROWS rows of one tile of BLOCK classes."""
+    program = tl.program_id(0).to(tl.int64)
+    block = program // tiles
+    tile = (program - block * tiles).to(tl.int32)
+    dtype: tl.constexpr = state_pointer.dtype.element_ty
+    out_dtype: tl.constexpr = grad_pointer.dtype.element_ty
+    columns = tl.arange(0, BLOCK)
+
+    if ROWS == 1:
+        row = block
+        target = tl.load(target_pointer + row).to(tl.int64)
+        state = state_pointer + row
+        shift = tl.load(state)
+        log_total = tl.load(state + num_rows)
+        upstream = tl.load(upstream_pointer + row * upstream_stride).to(dtype)
+        if HAS_FACTOR:
+            upstream *= tl.load(factor_pointer)
+        slope = tl.load(state + 2 * num_rows) * upstream
+        offset = tl.load(state + 3 * num_rows) * upstream
+        at_target = tl.load(state + 4 * num_rows) * upstream
+
+        base = row_pointers(logits_pointer, row, inner, stride_n, stride_d)
+        grad_base = row_pointers(grad_pointer, row, inner, grad_stride_n, grad_stride_d)
+        head = misalignment(base, ALIGN)
+        start = tile * BLOCK - head
+        pointers = step_back(base, head, ALIGN) + (tile * BLOCK + columns)
+        grad_pointers = step_back(grad_base, head, ALIGN) + (tile * BLOCK + columns)
+        classes = start + columns
+        mask = (classes >= 0) & (classes < num_classes)
+        if log_total == float("inf"):  # ignored
+            tl.store(grad_pointers, tl.zeros([BLOCK], out_dtype), mask=mask)
+        elif is_interior(start, target, num_classes, BLOCK):
+            z = tl.load(pointers).to(dtype)
+            tl.store(grad_pointers, complement_gradient(z, shift, log_total, slope, offset).to(out_dtype))
+        else:
+            z = tl.load(pointers, mask=mask, other=0.0).to(dtype)
+            grad = complement_gradient(z, shift, log_total, slope, offset)
+            tl.store(grad_pointers, tl.where(classes == target, at_target, grad).to(out_dtype), mask=mask)
+    else:
+        rows = block * ROWS + tl.arange(0, ROWS)
+        inside = rows < num_rows
+        target = tl.load(target_pointer + rows, mask=inside, other=-1).to(tl.int64)
+        state = state_pointer + rows
+        log_total = tl.load(state + num_rows, mask=inside, other=float("inf"))
+        wanted = log_total != float("inf")
+        shift = tl.load(state, mask=wanted, other=0.0)
+        upstream = tl.load(upstream_pointer + rows * upstream_stride, mask=wanted, other=0.0).to(dtype)
+        if HAS_FACTOR:
+            upstream *= tl.load(factor_pointer)
+        slope = tl.load(state + 2 * num_rows, mask=wanted, other=0.0) * upstream
+        offset = tl.load(state + 3 * num_rows, mask=wanted, other=0.0) * upstream
+        at_target = tl.load(state + 4 * num_rows, mask=wanted, other=0.0) * upstream
+
+        classes = tile * BLOCK + columns
+        within = (classes < hint(num_classes, ALIGN))[None, :]
+        base = row_pointers(logits_pointer, rows, inner, hint(stride_n, ALIGN), stride_d)
+        pointers = base[:, None] + classes[None, :].to(tl.int64) * stride_k
+        z = tl.load(pointers, mask=wanted[:, None] & within, other=0.0).to(dtype)
+        grad = complement_gradient(z, shift[:, None], log_total[:, None], slope[:, None], offset[:, None])
+        grad = tl.where(classes[None, :] == target[:, None], at_target[:, None], grad)
+        grad_base = row_pointers(grad_pointer, rows, inner, hint(grad_stride_n, ALIGN), grad_stride_d)
+        grad_pointers = grad_base[:, None] + classes[None, :].to(tl.int64) * grad_stride_k
+        grad = tl.where(wanted[:, None], grad, 0.0)
+        tl.store(grad_pointers, grad.to(out_dtype), mask=inside[:, None] & within)

@@ -1,0 +1,65 @@
+"""The tile table: how many rows, classes and warps a program takes, decided here and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Rows of at most this many classes share a program; longer ones have one, or several, to themselves.
+SHORT_ROW = 1024
+
+# Programs to keep every multiprocessor busy: with fewer rows than this many a multiprocessor, rows are split.
+PROGRAMS_PER_MULTIPROCESSOR = 4
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The shape of a program's tile: ``rows`` by ``lanes * vec`` classes.
+
+    ``vec`` neighbouring classes are folded within a thread. ``align`` is the number of classes in 16 bytes where
+    accesses of that width can be promised to the compiler, and 1 where not.
+    """
+
+    rows: int
+    lanes: int
+    vec: int
+    align: int
+    warps: int
+
+    @property
+    def block(self) -> int:
+        return self.lanes * self.vec
+
+
+def next_power_of_two(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def choose_tile(num_classes: int, itemsize: int, class_stride: int, *, rows_aligned: bool, head_aligned: bool) -> Tile:
+    """The tile for rows of ``num_classes`` logits of ``itemsize`` bytes.
+
+    Args:
+        class_stride: distance of neighbouring classes in memory.
+        rows_aligned: every row begins on a 16-byte boundary.
+        head_aligned: no row does for certain, but the rows of all tensors involved begin equally far from one.
+    """
+    vec = 16 // itemsize
+    # Logits a thread holds: 16, and half as many in float64, so that no variant runs out of registers.
+    wide = 2 if itemsize > 4 else 1
+    if class_stride != 1:
+        # Neighbours in memory are rows: 128 of them side by side, each folded by one thread.
+        return Tile(rows=128, lanes=1, vec=16 // wide, align=1, warps=4)
+    if num_classes <= SHORT_ROW:
+        block = max(next_power_of_two(num_classes), vec)
+        align = vec if rows_aligned and num_classes % vec == 0 else 1
+        return Tile(rows=max(2, 2048 // wide // block), lanes=block // vec, vec=vec, align=align, warps=4)
+    warps = 4 if num_classes <= 8192 else 8
+    block = 512 * warps // wide
+    return Tile(rows=1, lanes=block // vec, vec=vec, align=vec if head_aligned else 1, warps=warps)
+
+
+def choose_splits(num_rows: int, tiles: int, multiprocessors: int) -> int:
+    """Programs a row: more than one only where rows alone leave multiprocessors idle."""
+    wanted = multiprocessors * PROGRAMS_PER_MULTIPROCESSOR
+    if num_rows * 2 > wanted:
+        return 1
+    return max(1, min(tiles, wanted // num_rows))

@@ -1,0 +1,280 @@
+"""Forward pass: one read of the logits yields (m, s, t) of every row, from which all losses follow.
+
+    m = max_{j != g} z_j     s = sum_{j != g} 2^{y_j}     t = sum_{j != g} 2^{y_j} y_j,     y_j = (z_j - m) log2 e
+
+Traffic: N K logits read once; O(N) written. The kernels count in units of log2, where the exponential is a single
+instruction and the scaling by log2 e merges with the subtraction of the maximum.
+
+A tile of BLOCK = LANES * VEC classes is folded into one running (m, s, t) a lane: the maximum over VEC neighbours,
+which one thread holds, costs no exchange between threads, and one rescaling serves VEC classes. Lanes (and splits of a
+row) are merged at the end by the rule of the monoid:
+
+    m = max(m_1, m_2)    s = sum_i s_i 2^{m_i - m}    t = sum_i 2^{m_i - m} (t_i + (m_i - m) s_i)
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from cot_kernels.backends.triton.tiles import (
+    FLOOR,
+    LN2,
+    LOG2E,
+    hint,
+    is_interior,
+    load_target_logits,
+    load_targets,
+    misalignment,
+    row_pointers,
+    step_back,
+)
+
+
+@triton.jit
+def merge(maximum, total, moment, axis: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Merges the running statistics along an axis; ``maximum`` in logits, the moment in units of log2."""
+    merged = tl.max(maximum, axis)
+    gap = maximum * LOG2E - tl.expand_dims(merged * LOG2E, axis)
+    weight = tl.exp2(gap)
+    return merged, tl.sum(total * weight, axis), tl.sum(weight * (moment + gap * total), axis)
+
+
+@triton.jit
+def fold(z, maximum, total, moment):  # type: ignore[no-untyped-def]
+    """Folds a tile z [ROWS, LANES, VEC] into the running statistics [ROWS, LANES]."""
+    raised = tl.maximum(maximum, tl.max(z, 2))
+    shift = raised * LOG2E
+    # The clamp keeps 0 * -inf out of the moment, and lets a NaN logit through.
+    y = tl.maximum(z * LOG2E - shift[:, :, None], FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    weight = tl.exp2(y)
+    gap = maximum * LOG2E - shift
+    rescale = tl.exp2(gap)
+    moment = rescale * (moment + gap * total) + tl.sum(weight * y, 2)
+    return raised, rescale * total + tl.sum(weight, 2), moment
+
+
+@triton.jit
+def statistics_kernel(  # type: ignore[no-untyped-def]
+    logits_pointer,
+    target_pointer,
+    parts_pointer,  # [3, N, splits] running statistics
+    state_pointer,
+    loss_pointer,
+    partials_pointer,
+    num_rows,
+    num_classes,
+    inner,
+    stride_n,
+    stride_k,
+    stride_d,
+    ignore_index,
+    scale: tl.float64,
+    parameter: tl.float64,
+    exponent: tl.float64,
+    splits,
+    OBJECTIVE: tl.constexpr,
+    REDUCES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """(m, s, t) of ROWS rows, or of one of the splits of a row; without splits, the rows are finished at once."""
+    BLOCK: tl.constexpr = LANES * VEC
+    program = tl.program_id(0).to(tl.int64)
+    block = program // splits if SPLIT else program
+    split = (program - block * splits).to(tl.int32) if SPLIT else 0
+
+    rows = block * ROWS + tl.arange(0, ROWS)
+    target, wanted, stray = load_targets(target_pointer, rows, num_rows, num_classes, ignore_index)
+
+    dtype: tl.constexpr = tl.float64 if logits_pointer.dtype.element_ty == tl.float64 else tl.float32
+    maximum = tl.full([ROWS, LANES], FLOOR, dtype)
+    total = tl.zeros([ROWS, LANES], dtype)
+    moment = tl.zeros([ROWS, LANES], dtype)
+    columns = tl.arange(0, BLOCK)
+
+    if ROWS == 1:
+        one_target, one_wanted, _ = load_targets(target_pointer, block, num_rows, num_classes, ignore_index)
+        one_base = row_pointers(logits_pointer, block, inner, stride_n, stride_d)
+        head = misalignment(one_base, ALIGN)
+        aligned = step_back(one_base, head, ALIGN)
+        tiles = tl.where(one_wanted, tl.cdiv(num_classes + head, BLOCK), 0)
+        first = 0
+        if SPLIT:
+            share = tl.cdiv(tiles, splits)
+            first = split * share
+            tiles = tl.minimum(tiles, first + share)
+        for tile in range(first, tiles):
+            start = tile * BLOCK - head
+            pointers = aligned + (tile * BLOCK + columns)
+            if is_interior(start, one_target, num_classes, BLOCK):
+                z = tl.load(pointers).to(dtype)
+            else:
+                classes = start + columns
+                kept = (classes >= 0) & (classes < num_classes) & (classes != one_target)
+                z = tl.load(pointers, mask=kept, other=-float("inf")).to(dtype)
+            maximum, total, moment = fold(tl.reshape(z, [ROWS, LANES, VEC]), maximum, total, moment)
+    else:
+        bound = hint(num_classes, ALIGN)
+        base = row_pointers(logits_pointer, rows, inner, hint(stride_n, ALIGN), stride_d)
+        for start in range(0, num_classes, BLOCK):
+            classes = start + columns
+            pointers = base[:, None] + classes[None, :].to(tl.int64) * stride_k
+            z = tl.load(pointers, mask=wanted[:, None] & (classes < bound)[None, :], other=-float("inf"))
+            z = tl.where(classes[None, :] == target[:, None], -float("inf"), z.to(dtype))
+            maximum, total, moment = fold(tl.reshape(z, [ROWS, LANES, VEC]), maximum, total, moment)
+
+    maximum, total, moment = merge(maximum, total, moment, 1)
+    if SPLIT:
+        place = parts_pointer + rows * splits + split
+        tl.store(place, maximum)
+        tl.store(place + num_rows * splits, total)
+        tl.store(place + 2 * num_rows * splits, moment)
+    else:
+        target_logit = load_target_logits(
+            logits_pointer, rows, target, wanted, inner, stride_n, stride_k, stride_d, dtype
+        )
+        finish(
+            rows, num_rows, wanted, stray, target_logit, maximum, total, moment,
+            state_pointer, loss_pointer, partials_pointer, block, tl.num_programs(0),
+            scale, parameter, exponent, OBJECTIVE, REDUCES,
+        )  # fmt: skip
+
+
+@triton.jit
+def merge_kernel(  # type: ignore[no-untyped-def]
+    logits_pointer,
+    target_pointer,
+    parts_pointer,
+    state_pointer,
+    loss_pointer,
+    partials_pointer,
+    num_rows,
+    num_classes,
+    inner,
+    stride_n,
+    stride_k,
+    stride_d,
+    ignore_index,
+    scale: tl.float64,
+    parameter: tl.float64,
+    exponent: tl.float64,
+    splits,
+    OBJECTIVE: tl.constexpr,
+    REDUCES: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,  # splits, rounded up to a power of two
+):
+    """Merges the splits of ROWS rows and finishes them."""
+    block = tl.program_id(0).to(tl.int64)
+    rows = block * ROWS + tl.arange(0, ROWS)
+    target, wanted, stray = load_targets(target_pointer, rows, num_rows, num_classes, ignore_index)
+    dtype: tl.constexpr = tl.float64 if logits_pointer.dtype.element_ty == tl.float64 else tl.float32
+
+    order = tl.arange(0, SPLITS)
+    mask = (rows < num_rows)[:, None] & (order < splits)[None, :]
+    place = parts_pointer + rows[:, None] * splits + order[None, :]
+    maximum = tl.load(place, mask=mask, other=FLOOR)
+    total = tl.load(place + num_rows * splits, mask=mask, other=0.0)
+    moment = tl.load(place + 2 * num_rows * splits, mask=mask, other=0.0)
+    maximum, total, moment = merge(maximum, total, moment, 1)
+
+    target_logit = load_target_logits(
+        logits_pointer, rows, target, wanted, inner, stride_n, stride_k, stride_d, dtype
+    )
+    finish(
+        rows, num_rows, wanted, stray, target_logit, maximum, total, moment,
+        state_pointer, loss_pointer, partials_pointer, block, tl.num_programs(0),
+        scale, parameter, exponent, OBJECTIVE, REDUCES,
+    )  # fmt: skip
+
+
+@triton.jit
+def finish(  # type: ignore[no-untyped-def]
+    rows,
+    num_rows,
+    wanted,
+    stray,
+    target_logit,
+    maximum,
+    total,
+    moment,
+    state_pointer,
+    loss_pointer,
+    partials_pointer,
+    block,
+    blocks,
+    scale,
+    parameter,
+    exponent,
+    OBJECTIVE: tl.constexpr,
+    REDUCES: tl.constexpr,
+):
+    """From (m, s, t) to the row's loss, and to the five numbers the backward pass needs of it.
+
+    state [5, N]: shift m log2 e; log2 s; slope f_S ln 2; offset f_S S - f_L; f_g. With them, for x = y_j - log2 s,
+    dl/dz_j = 2^x (slope x - offset). An infinite log2 s, which no row has, marks the ignored ones. Without an objective the statistics (z_g, L, S) themselves are written.
+    """
+    inside = rows < num_rows
+    # No other class above the floor: S is an empty sum, and L = -inf. (A NaN total is no empty one.)
+    empty = (maximum <= FLOOR) & (total == total)
+    shift = maximum * LOG2E
+    log_total = tl.log2(tl.where(empty, 1.0, total))
+    negentropy = tl.where(empty, 0.0, (moment / total - log_total) * LN2)
+    log_odds = (log_total - (target_logit * LOG2E - shift)) * LN2
+
+    state = state_pointer + rows
+    tl.store(state, shift, mask=inside)
+    tl.store(state + num_rows, tl.where(wanted, log_total, float("inf")), mask=inside)
+    nan = float("nan")
+    if OBJECTIVE is None:
+        lse = tl.where(empty, -float("inf"), (shift + log_total) * LN2)
+        tl.store(loss_pointer + rows, tl.where(stray, nan, tl.where(wanted, target_logit, 0.0)), mask=inside)
+        tl.store(loss_pointer + num_rows + rows, tl.where(stray, nan, tl.where(wanted, lse, 0.0)), mask=inside)
+        kept = tl.where(stray, nan, tl.where(wanted, negentropy, 0.0))
+        tl.store(loss_pointer + 2 * num_rows + rows, kept, mask=inside)
+    else:
+        # tl.full, for it takes a float64 argument as well as the Python float of the interpreter without rounding.
+        loss, d_log_odds, d_negentropy = OBJECTIVE(
+            log_odds,
+            negentropy,
+            tl.full(rows.shape, scale, log_odds.dtype),
+            tl.full(rows.shape, parameter, log_odds.dtype),
+            tl.full(rows.shape, exponent, log_odds.dtype),
+        )
+        loss = tl.where(stray, nan, tl.where(wanted, loss, 0.0))
+        offset = tl.where(stray, nan, d_negentropy * negentropy - d_log_odds)
+        tl.store(state + 2 * num_rows, d_negentropy * LN2, mask=inside)
+        tl.store(state + 3 * num_rows, offset, mask=inside)
+        tl.store(state + 4 * num_rows, -d_log_odds, mask=inside)
+        if REDUCES:
+            tl.store(partials_pointer + block, tl.sum(loss, 0))
+            tl.store(partials_pointer + blocks + block, tl.sum(tl.where(wanted, 1.0, 0.0), 0))
+        else:
+            tl.store(loss_pointer + rows, loss, mask=inside)
+
+
+@triton.jit
+def reduce_kernel(  # type: ignore[no-untyped-def]
+    partials_pointer, loss_pointer, factor_pointer, blocks, MEAN: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The sum of the partial losses, or their mean and the factor 1 / count for the backward pass.
+
+    One program: the order of summation is fixed, so results are reproducible bit for bit.
+    """
+    dtype: tl.constexpr = partials_pointer.dtype.element_ty
+    loss = tl.zeros([BLOCK], dtype)
+    count = tl.zeros([BLOCK], dtype)
+    for start in range(0, blocks, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        loss += tl.load(partials_pointer + place, mask=place < blocks, other=0.0)
+        count += tl.load(partials_pointer + blocks + place, mask=place < blocks, other=0.0)
+    result = tl.sum(loss, 0)
+    if MEAN:
+        rows = tl.sum(count, 0)
+        result /= rows  # every row ignored: the mean is 0 / 0, and the gradient zero
+        tl.store(factor_pointer, 1 / tl.maximum(rows, 1.0))
+    tl.store(loss_pointer, result)

@@ -1,0 +1,77 @@
+"""What the kernels share: where a row starts, which rows count, and how a tile of classes is read."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# A logit at or below the floor has probability zero, as has a masked one at -inf, for which 0 * -inf would be NaN.
+FLOOR = tl.constexpr(-1e30)
+
+
+@triton.jit
+def row_pointers(pointer, rows, inner, stride_n, stride_d):  # type: ignore[no-untyped-def]
+    """First class of each row n * inner + d. int64 throughout: N * K exceeds 2^31 in practice."""
+    n = rows // inner
+    return pointer + n * stride_n + (rows - n * inner) * stride_d
+
+
+@triton.jit
+def load_targets(target_pointer, rows, num_rows, num_classes, ignore_index):  # type: ignore[no-untyped-def]
+    """Targets as int32 (-1 where out of range), the rows to compute, and those among them that are out of range."""
+    inside = rows < num_rows
+    target = tl.load(target_pointer + rows, mask=inside, other=0).to(tl.int64)
+    wanted = inside & (target != ignore_index)
+    in_range = (target >= 0) & (target < num_classes)
+    return tl.where(in_range, target, -1).to(tl.int32), wanted, wanted & (in_range == 0)
+
+
+@triton.jit
+def load_target_logits(  # type: ignore[no-untyped-def]
+    logits_pointer, rows, target, wanted, inner, stride_n, stride_k, stride_d, dtype: tl.constexpr
+):
+    place = row_pointers(logits_pointer, rows, inner, stride_n, stride_d) + target.to(tl.int64) * stride_k
+    return tl.load(place, mask=wanted & (target >= 0), other=0.0).to(dtype)
+
+
+@triton.jit
+def misalignment(base, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Classes between the last 16-byte boundary and the first class of a row; 0 where ALIGN is 1.
+
+    Tiles start on the boundary, and the few places before the row are masked: so every interior tile is read in
+    128-bit accesses whatever the number of classes (50257 is odd).
+    """
+    if ALIGN == 1:
+        head = 0
+    else:
+        itemsize: tl.constexpr = base.dtype.element_ty.primitive_bitwidth // 8
+        head = ((base.to(tl.int64) % 16) // itemsize).to(tl.int32)
+    return head
+
+
+@triton.jit
+def step_back(base, head, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The 16-byte boundary ``head`` classes before a row, and the compiler's knowledge that it is one."""
+    boundary = base - head
+    if ALIGN > 1:
+        boundary = tl.multiple_of(boundary, 16)
+    return boundary
+
+
+@triton.jit
+def hint(number, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Shows the compiler that a number is a multiple of ALIGN. Triton itself looks for 16 only, and its multiple_of
+    has no effect on a kernel argument."""
+    if ALIGN > 1:
+        number = number // ALIGN * ALIGN
+    return number
+
+
+@triton.jit
+def is_interior(start, target, num_classes, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Whether a tile lies within the row and does not hold the target: it then needs no mask at all."""
+    within = (start >= 0) & (start + BLOCK <= num_classes)
+    return within & ((target < start) | (target >= start + BLOCK))

@@ -1,0 +1,345 @@
+"""The API contract: shapes, strides, dtypes, reductions, ignored rows, upstream gradients, and every bad input."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from oracle import CASES, Case, draw, gradient_of, relative_error
+from torch import Tensor
+from torch.nn import functional as F
+
+import cot_kernels
+
+
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (0, 5), (3, 5, 2), (2, 5, 3, 4), (2, 1100, 3), (0, 5, 2), (2, 5, 0)], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_shapes_are_those_of_cross_entropy(
+    case: Case, shape: tuple[int, ...], reduction: str, device: torch.device
+) -> None:
+    classes = shape[1] if len(shape) > 1 else shape[0]
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    target = torch.randint(classes, (*shape[:1], *shape[2:]) if len(shape) > 1 else (), generator=torch.Generator().manual_seed(1))
+    rows = logits.movedim(1, -1).reshape(-1, classes) if len(shape) > 1 else logits[None]
+    leaf, rows = logits.to(device).requires_grad_(), rows.requires_grad_()
+
+    loss = case.loss(leaf, target.to(device), reduction=reduction)
+    expected = F.cross_entropy(logits, target, reduction=reduction)
+    assert loss.shape == expected.shape
+    published = case.published(rows, target.reshape(-1), reduction=reduction)
+    torch.testing.assert_close(loss.cpu(), published.reshape(loss.shape), rtol=1e-9, atol=1e-11, equal_nan=True)
+    gradient = torch.autograd.grad(loss.sum(), leaf)[0]
+    true = torch.autograd.grad(published.sum(), rows)[0]
+    true = true.reshape(*shape[:1], *shape[2:], classes).movedim(-1, 1) if len(shape) > 1 else true[0]
+    assert gradient.shape == logits.shape
+    torch.testing.assert_close(gradient.cpu(), true.nan_to_num(), rtol=1e-7, atol=1e-11)
+
+
+def strided(name: str, rows: int, classes: int) -> Tensor:
+    """Logits of one value in the memory layout that the name tells."""
+    dense = torch.randn(rows, classes, generator=torch.Generator().manual_seed(0))
+    if name == "transposed":
+        return dense.t().contiguous().t()
+    if name == "every other row":
+        return dense.repeat_interleave(2, 0)[::2]
+    if name == "every other class":
+        return dense.repeat_interleave(2, 1)[:, ::2]
+    if name == "off a boundary":
+        return torch.cat((torch.zeros(rows, 1), dense), 1)[:, 1:]
+    if name == "storage offset":
+        return torch.cat((torch.zeros(3), dense.flatten()))[3:].view(rows, classes)
+    if name == "expanded":
+        return dense[:1].expand(rows, classes)
+    return dense
+
+
+LAYOUTS = ["dense", "transposed", "every other row", "every other class", "off a boundary", "storage offset", "expanded"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("classes", [7, 1000, 1031])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strides(layout: str, classes: int, dtype: torch.dtype, device: torch.device) -> None:
+    logits = strided(layout, 6, classes)
+    target = torch.randint(classes, (6,), generator=torch.Generator().manual_seed(1))
+    moved = strided(layout, 6, classes).to(device).to(dtype) if layout == "dense" else None
+    if moved is None:
+        moved = torch.empty_strided((6, classes), logits.stride(), dtype=dtype, device=device)
+        if layout == "expanded":
+            moved = logits[:1].to(dtype).to(device).expand(6, classes)
+        else:
+            moved.copy_(logits)
+    leaf = moved.detach().requires_grad_()
+    loss = cot_kernels.complement_entropy(leaf, target.to(device))
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    dense = moved.detach().cpu().double().contiguous().requires_grad_()
+    true = cot_kernels.reference.complement_entropy(dense, target)
+    (true_gradient,) = torch.autograd.grad(true, dense)
+    assert loss.item() == pytest.approx(true.item(), abs=1e-6)
+    assert relative_error(gradient, true_gradient) < (2e-6 if dtype == torch.float32 else 8e-3)
+
+
+def test_channels_last_segmentation(device: torch.device) -> None:
+    logits = torch.randn(2, 6, 5, 7, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
+    target = torch.randint(6, (2, 5, 7), generator=torch.Generator().manual_seed(1))
+    leaf = logits.to(device).requires_grad_()
+    loss = cot_kernels.complement_entropy(leaf, target.to(device))
+    dense = logits.double().contiguous().requires_grad_()
+    true = cot_kernels.reference.complement_entropy(dense, target)
+    assert loss.item() == pytest.approx(true.item(), abs=1e-7)
+    assert relative_error(torch.autograd.grad(loss, leaf)[0], torch.autograd.grad(true, dense)[0]) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_targets_of_any_integer_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    logits, target = draw(4, 9, None)
+    expected = cot_kernels.complement_entropy(logits.to(device), target.to(device))
+    assert torch.equal(cot_kernels.complement_entropy(logits.to(device), target.to(dtype).to(device)), expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("ignore_index", [-100, 2, 255])
+@pytest.mark.parametrize("classes", [5, 1100])
+def test_ignored_rows(case: Case, ignore_index: int, classes: int, device: torch.device) -> None:
+    logits, target = draw(6, classes, None)
+    target = torch.where(target == ignore_index, ignore_index + 1, target)
+    ignored = torch.tensor([False, True, False, True, True, False])
+    target[ignored] = ignore_index
+    logits[1] = torch.nan  # whatever an ignored row holds
+    logits[3] = torch.inf
+    for reduction in ("mean", "sum", "none"):
+        leaf = logits.to(device).requires_grad_()
+        loss = case.loss(leaf, target.to(device), ignore_index=ignore_index, reduction=reduction)
+        kept = logits[~ignored].requires_grad_()
+        published = case.published(kept, target[~ignored], reduction=reduction)
+        got = loss.cpu() if reduction != "none" else loss.cpu()[~ignored]
+        torch.testing.assert_close(got, published, rtol=1e-9, atol=1e-11)
+        if reduction == "none":
+            assert loss.cpu()[ignored].tolist() == [0.0, 0.0, 0.0]
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        assert gradient[ignored.to(device)].abs().max().item() == 0
+        (true,) = torch.autograd.grad(published.sum(), kept)
+        assert relative_error(gradient[~ignored.to(device)], true) < 1e-7
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_nothing_to_average(case: Case, device: torch.device) -> None:
+    """All rows ignored, and no rows at all: NaN for the mean and 0 for the sum, as F.cross_entropy; zero gradients."""
+    for rows in (3, 0):
+        leaf = torch.randn(rows, 5, device=device).requires_grad_()
+        target = torch.full((rows,), -100, device=device)
+        for reduction in ("mean", "sum"):
+            loss = case.loss(leaf, target, reduction=reduction)
+            assert torch.equal(loss.isnan(), F.cross_entropy(leaf, target, reduction=reduction).isnan())
+            assert torch.autograd.grad(loss, leaf)[0].abs().sum().item() == 0
+
+
+@pytest.mark.parametrize("wrong", [-1, 5, 2**31, -(2**40)])
+def test_targets_out_of_range(wrong: int, device: torch.device, request: pytest.FixtureRequest) -> None:
+    target = torch.tensor([1, wrong, 2], device=device)
+    leaf = torch.randn(3, 5, device=device).requires_grad_()
+    if "aten" in request.node.callspec.id:
+        with pytest.raises(IndexError, match=re.escape(f"target {wrong} is out of bounds for 5 classes")):
+            cot_kernels.complement_entropy(leaf, target)
+        return
+    loss = cot_kernels.complement_entropy(leaf, target, reduction="none")
+    gradient = torch.autograd.grad(loss.nan_to_num().sum() + loss[1], leaf)[0]
+    assert loss.isnan().tolist() == [False, True, False]
+    assert gradient.isnan().any(1).tolist() == [False, True, False]
+    statistics = cot_kernels.complement_statistics(leaf, target)
+    assert all(value.isnan().tolist() == [False, True, False] for value in statistics)
+
+
+@pytest.mark.parametrize("classes", [6, 1200])
+def test_upstream_gradients_of_any_kind(classes: int, device: torch.device) -> None:
+    logits, target = draw(5, classes, 1.0)
+    leaf = logits.to(device).requires_grad_()
+    target = target.to(device)
+    weights = torch.linspace(-1, 2, 5, dtype=torch.float64, device=device)
+    rows = cot_kernels.complement_entropy(leaf, target, reduction="none")
+    per_row = torch.stack([torch.autograd.grad(row, leaf, retain_graph=True)[0] for row in rows]).sum(0)
+
+    def grad(upstream: Tensor) -> Tensor:
+        return torch.autograd.grad(rows, leaf, upstream, retain_graph=True)[0]
+
+    torch.testing.assert_close(grad(torch.ones(5, dtype=torch.float64, device=device)), per_row)
+    torch.testing.assert_close(grad(weights), per_row * weights[:, None])
+    expanded = torch.tensor(3.0, dtype=torch.float64, device=device).expand(5)
+    torch.testing.assert_close(grad(expanded), per_row * 3)
+    torch.testing.assert_close(grad(weights.repeat_interleave(2)[::2]), per_row * weights[:, None])
+    assert grad(torch.zeros(5, dtype=torch.float64, device=device)).abs().max().item() == 0
+    mean = cot_kernels.complement_entropy(leaf, target)
+    torch.testing.assert_close(torch.autograd.grad(mean * -7.5, leaf)[0], per_row * (-7.5 / 5))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("classes", [10, 1300])
+def test_runs_are_deterministic_and_leave_the_logits_alone(
+    case: Case, classes: int, device: torch.device
+) -> None:
+    logits, target = draw(33, classes, None)
+    leaf = logits.float().to(device).requires_grad_()
+    before = leaf.detach().clone()
+    losses, gradients = [], []
+    for _ in range(2):
+        loss = case.loss(leaf, target.to(device))
+        gradients += [torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2)]
+        losses.append(loss)
+    assert torch.equal(losses[0], losses[1])
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+    assert torch.equal(leaf.detach(), before)
+
+
+def test_loss_may_be_changed_in_place(device: torch.device) -> None:
+    """`loss /= n` is how accumulation loops are written; it must not disturb what the backward pass has saved."""
+    logits, target = draw(4, 6, None)
+    leaf = logits.to(device).requires_grad_()
+    whole = torch.autograd.grad(cot_kernels.complement_entropy(leaf, target.to(device)), leaf)[0]
+    for reduction in ("mean", "sum", "none"):
+        loss = cot_kernels.complement_entropy(leaf, target.to(device), reduction=reduction)
+        loss /= 4
+        gradient = torch.autograd.grad(loss.sum(), leaf)[0]
+        torch.testing.assert_close(gradient, whole / 4 if reduction == "mean" else whole)
+
+
+def test_every_output_element_is_written(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fresh memory full of NaN: none of it may show in a loss or a gradient."""
+
+    def poisoned(allocate: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            tensor: Tensor = allocate(*args, **kwargs)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+        return call
+
+    shapes = [((5, 7), 7), ((5, 1100), 1100), ((2, 5, 3, 4), 5), ((3, 50257), 50257)]
+    drawn = [torch.randn(shape, device=device) for shape, _ in shapes]
+    targets = [torch.randint(classes, (*shape[:1], *shape[2:]), device=device) for shape, classes in shapes]
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
+    for logits, target in zip(drawn, targets, strict=True):
+        target.view(-1)[1] = -100
+        for reduction in ("mean", "none"):
+            leaf = logits.clone().requires_grad_()
+            loss = cot_kernels.complement_entropy(leaf, target, reduction=reduction)
+            loss.sum().backward()
+            assert bool(loss.isfinite().all()) and leaf.grad is not None and bool(leaf.grad.isfinite().all())
+
+
+@pytest.mark.gpu
+def test_triton_path_never_reads_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No value of a tensor reaches Python: on a GPU CUDA's own alarm, elsewhere the ways to read one are blocked."""
+    from cot_kernels.backends.triton import backend
+
+    monkeypatch.setattr(cot_kernels.autograd, "backend_for", lambda logits: backend)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    leaf = torch.randn(4, 1100, device=device).requires_grad_()
+    target = torch.randint(1100, (4,), device=device)
+    cot_kernels.complement_entropy(leaf, target).backward()  # compiled and allocated before the alarm is set
+
+    def read(*_: Any) -> Any:
+        raise AssertionError("the value of a tensor was read on the way")
+
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    else:
+        for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero"):
+            monkeypatch.setattr(Tensor, name, read)
+    try:
+        for loss in (cot_kernels.complement_entropy, cot_kernels.guided_complement_entropy, cot_kernels.cross_entropy):
+            loss(leaf, target).backward()
+        cot_kernels.complement_statistics(leaf, target).negentropy.sum().backward()
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("normalization", "divisor"), [("classes", 6), ("complement", 5), ("entropy", math.log(5)), ("none", 1)]
+)
+def test_normalizations(normalization: str, divisor: float, device: torch.device) -> None:
+    logits, target = draw(4, 6, None)
+    logits, target = logits.to(device), target.to(device)
+    negentropy = cot_kernels.complement_statistics(logits, target).negentropy.mean()
+    loss = cot_kernels.complement_entropy(logits, target, eps=0.0, normalization=normalization)
+    torch.testing.assert_close(loss, negentropy / divisor)
+    both = cot_kernels.complement_cross_entropy(logits, target, gamma=-3.0, normalization=normalization)
+    torch.testing.assert_close(both, F.cross_entropy(logits, target) + 3 * negentropy / divisor)
+
+
+BAD_CALLS: list[tuple[type[Exception], str, tuple[Any, Any], dict[str, Any]]] = [
+    (TypeError, "input must be a Tensor, got list", ([[1.0, 2.0]], torch.tensor([0])), {}),
+    (TypeError, "target must be a Tensor, got int", (torch.zeros(2, 3), 1), {}),
+    (TypeError, "input must be float32, .* got torch.int64", (torch.zeros(2, 3).long(), torch.zeros(2).long()), {}),
+    (TypeError, "got torch.complex64", (torch.zeros(2, 3, dtype=torch.complex64), torch.zeros(2).long()), {}),
+    (TypeError, "integer class indices, got torch.float32; class prob", (torch.zeros(2, 3), torch.zeros(2, 3)), {}),
+    (TypeError, "integer class indices, got torch.bool", (torch.zeros(2, 3), torch.zeros(2).bool()), {}),
+    (ValueError, "got a scalar", (torch.tensor(1.0), torch.tensor(0)), {}),
+    (ValueError, r"target must have shape \(2,\) .* got \(3,\)", (torch.zeros(2, 3), torch.zeros(3).long()), {}),
+    (ValueError, r"target must have shape \(\) .* got \(1,\)", (torch.zeros(3), torch.zeros(1).long()), {}),
+    (ValueError, r"shape \(2, 4\) .* got \(4, 2\)", (torch.zeros(2, 3, 4), torch.zeros(4, 2).long()), {}),
+    (ValueError, "at least 2 classes, got 1", (torch.zeros(2, 1), torch.zeros(2).long()), {}),
+    (ValueError, "at least 2 classes, got 0", (torch.zeros(2, 0), torch.zeros(2).long()), {}),
+    (ValueError, "reduction must be one of .* got 'avg'", (torch.zeros(2, 3), torch.zeros(2).long()), {"reduction": "avg"}),
+    (TypeError, "ignore_index must be an int", (torch.zeros(2, 3), torch.zeros(2).long()), {"ignore_index": 1.5}),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "arguments", "options"), BAD_CALLS, ids=[row[1] for row in BAD_CALLS])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        cot_kernels.complement_entropy,
+        cot_kernels.guided_complement_entropy,
+        cot_kernels.complement_cross_entropy,
+        cot_kernels.cross_entropy,
+    ],
+)
+def test_bad_input(loss: Any, error: type[Exception], message: str, arguments: tuple[Any, Any], options: dict[str, Any]) -> None:
+    with pytest.raises(error, match=message):
+        loss(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "error", "message"),
+    [
+        (cot_kernels.complement_entropy, {"eps": -1e-7}, ValueError, "eps must be at least 0, got -1e-07"),
+        (cot_kernels.complement_entropy, {"eps": math.nan}, ValueError, "eps must be finite, got nan"),
+        (cot_kernels.complement_entropy, {"eps": "1e-7"}, TypeError, "eps must be a number, got str"),
+        (cot_kernels.complement_entropy, {"normalization": "K"}, ValueError, "normalization must be one of .* got 'K'"),
+        (cot_kernels.guided_complement_entropy, {"alpha": -0.1}, ValueError, "alpha must be at least 0"),
+        (cot_kernels.guided_complement_entropy, {"eps": -1.0}, ValueError, "eps must be at least 0"),
+        (cot_kernels.complement_cross_entropy, {"gamma": math.inf}, ValueError, "gamma must be finite, got inf"),
+        (cot_kernels.complement_cross_entropy, {"normalization": None}, ValueError, "normalization must be one of"),
+    ],
+)
+def test_bad_options(loss: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        loss(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), **options)
+
+
+def test_two_classes(device: torch.device) -> None:
+    """K = 2: one wrong class, whose entropy is 0. The exact loss and gradient vanish, and the caller is told."""
+    logits, target = draw(4, 2, None)
+    with pytest.warns(UserWarning, match="2 classes: the complement then holds a single class"):
+        loss, gradient = gradient_of(
+            cot_kernels.complement_entropy, logits.to(device), target.to(device), torch.ones(4), eps=0.0
+        )
+    assert loss.abs().max().item() == 0 and gradient.abs().max().item() == 0
+    with pytest.raises(ValueError, match=r"normalization='entropy' divides by ln\(K - 1\)"):
+        cot_kernels.complement_cross_entropy(logits, target, normalization="entropy")
+
+
+def test_second_derivative_is_refused(device: torch.device) -> None:
+    logits, target = draw(3, 5, None)
+    leaf = logits.to(device).requires_grad_()
+    loss = cot_kernels.complement_entropy(leaf, target.to(device))
+    with pytest.raises(RuntimeError, match="create_graph=True.*cot_kernels.reference"):
+        torch.autograd.grad(loss, leaf, create_graph=True)

@@ -1,0 +1,204 @@
+"""Every loss, on both backends, against the published formula in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import CASES, Case, complement_entropy, draw, gradient_of, relative_error
+from torch.nn import functional as F
+
+import cot_kernels
+
+CLASSES = [2, 3, 127, 128, 129, 1000, 4096, 32000, 50257, 128256]
+MARGINS = [None, 0.0, 5.0, 10.0, 15.0, 20.0]
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("margin", MARGINS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.filterwarnings("ignore:complement_entropy got 2 classes")
+def test_float32_equals_the_published_formula(
+    case: Case, margin: float | None, classes: int, device: torch.device
+) -> None:
+    if classes >= 32000 and device.type == "cpu" and margin in (0.0, 5.0, 15.0):
+        pytest.skip("the long rows take seconds on a CPU: three margins stand for six")
+    rows = 17 if classes < 1000 else 5 if classes < 32000 else 1
+    logits, target = draw(rows, classes, margin)
+    logits = logits.float().double()
+    weights = torch.randn(rows, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    true_loss, true_gradient = gradient_of(case.published, logits, target, weights)
+
+    loss, gradient = gradient_of(case.loss, logits.float().to(device), target.to(device), weights)
+
+    assert loss.dtype == gradient.dtype == torch.float32
+    settled = complement_entropy(logits, target, eps=0.0, reduction="none").abs() * classes > 1e-3
+    loss_error = (loss.double().cpu() - true_loss).abs() / true_loss.abs().clamp(min=1)
+    assert loss_error[settled].max().item() <= 1e-6 if settled.any() else True
+    if classes == 2 and "complement_entropy" in case.name and true_gradient.norm() < 1e-3:
+        return  # one wrong class: the gradient is zero, or the epsilon's own, which has no relative accuracy to ask for
+    assert relative_error(gradient, true_gradient) <= (2e-6 if margin is None else 5e-6)
+
+
+@pytest.mark.parametrize("classes", [3, 129, 1000, 32000])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_float64_equals_the_published_formula(case: Case, classes: int, device: torch.device) -> None:
+    logits, target = draw(5, classes, 3.0)
+    weights = torch.randn(5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    true_loss, true_gradient = gradient_of(case.published, logits, target, weights)
+
+    loss, gradient = gradient_of(case.loss, logits.to(device), target.to(device), weights)
+
+    torch.testing.assert_close(loss.cpu(), true_loss, rtol=1e-10, atol=1e-12)
+    assert relative_error(gradient, true_gradient) <= 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("classes", [10, 129, 1000, 4096, 50257])
+@pytest.mark.parametrize("margin", [None, 8.0, 20.0], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_half_precision_rounds_only_what_it_returns(
+    case: Case, margin: float | None, classes: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    rows = 9 if classes < 1000 else 3
+    logits, target = draw(rows, classes, margin)
+    logits = logits.to(dtype)
+    # Upstream gradients that keep the products within the range of float16.
+    weights = torch.full((rows,), 512.0 * (classes if case.name.startswith("complement_entropy") else 1), dtype=torch.float64)
+    true_loss, true_gradient = gradient_of(case.published, logits.double(), target, weights)
+
+    loss, gradient = gradient_of(case.loss, logits.to(device), target.to(device), weights)
+
+    assert loss.dtype == torch.float32 and gradient.dtype == dtype
+    assert relative_error(loss, true_loss) <= 1e-5
+    unit_roundoff = torch.finfo(dtype).eps / 2
+    error = (gradient.double().cpu() - true_gradient).abs()
+    # 5e-6 of the row's norm is what float32 may be off by before the rounding; subnormals round to a fixed step.
+    bound = 2 * unit_roundoff * true_gradient.abs() + torch.finfo(dtype).smallest_normal * 2 * unit_roundoff
+    assert bool((error <= bound + 5e-6 * true_gradient.norm(dim=1, keepdim=True)).all())
+
+
+@pytest.mark.parametrize("value", [30.0, 100.0])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_saturated_rows(case: Case, value: float, device: torch.device) -> None:
+    """Targets far above and far below the rest: finite, and equal to float64 where that itself can tell 1 - p from 0."""
+    logits, target = draw(6, 40, None)
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    logits.scatter_(1, target[:, None], (signs * value)[:, None])
+    weights = torch.ones(6, dtype=torch.float64)
+    loss, gradient = gradient_of(case.loss, logits.float().to(device), target.to(device), weights)
+    true_loss, true_gradient = gradient_of(case.loss, logits, target, weights)
+    assert bool(loss.isfinite().all()) and bool(gradient.isfinite().all())
+    torch.testing.assert_close(loss.cpu().double(), true_loss, rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(gradient.cpu().double(), true_gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_equal_logits(device: torch.device) -> None:
+    logits = torch.zeros(3, 50, device=device)
+    target = torch.tensor([0, 7, 49], device=device)
+    negentropy = cot_kernels.complement_statistics(logits, target).negentropy
+    torch.testing.assert_close(negentropy.cpu(), torch.full((3,), -3.8918202981), rtol=1e-6, atol=0)
+    gradient = gradient_of(cot_kernels.complement_entropy, logits, target, torch.ones(3), eps=0.0)[1]
+    assert gradient.abs().max().item() < 1e-8
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("classes", [6, 1500])
+def test_masked_classes_are_absent(case: Case, classes: int, device: torch.device) -> None:
+    """A class at -inf, or at the lowest finite number, changes nothing but the K that the loss is divided by."""
+    logits, target = draw(4, classes, 1.0)
+    target = target % (classes // 2)
+    logits[:, classes // 2 :] = -torch.inf
+    weights = torch.ones(4, dtype=torch.float64)
+    for absent in (-torch.inf, torch.finfo(torch.float32).min):
+        masked = logits.masked_fill(logits == -torch.inf, absent).float()
+        loss, gradient = gradient_of(case.loss, masked.to(device), target.to(device), weights)
+        kept = logits[:, : classes // 2]
+        true_loss, true_gradient = gradient_of(case.published, kept, target, weights)
+        if case.name == "complement_cross_entropy":
+            weight = 2.0 / (classes - 1)
+            negentropy = cot_kernels.complement_statistics(kept, target).negentropy
+            true_loss = F.cross_entropy(kept, target, reduction="none") + weight * negentropy
+        elif case.name == "guided_complement_entropy":
+            true_loss = true_loss * torch.log(torch.tensor(classes / 2)) / torch.log(torch.tensor(float(classes)))
+        elif case.name != "cross_entropy":
+            true_loss, true_gradient = true_loss / 2, true_gradient / 2
+        torch.testing.assert_close(loss.double().cpu(), true_loss, rtol=2e-6, atol=1e-7)
+        assert gradient[:, classes // 2 :].abs().max().item() == 0
+        if "complement_entropy" == case.name[:18] or case.name == "cross_entropy":
+            assert relative_error(gradient[:, : classes // 2], true_gradient) < 5e-6
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_finite_complement_class_and_none(case: Case, device: torch.device) -> None:
+    logits = torch.full((3, 5), -torch.inf, device=device)
+    logits[0, :2] = torch.tensor([1.0, 2.0])  # target and one other
+    logits[1, 0] = 3.0  # the target alone
+    logits[2, 1:3] = torch.tensor([0.5, 0.25])  # the target itself is masked
+    target = torch.zeros(3, dtype=torch.int32, device=device)
+    loss, gradient = gradient_of(case.loss, logits, target, torch.ones(3))
+    assert bool(gradient.isfinite().all())
+    statistics = cot_kernels.complement_statistics(logits, target)
+    assert statistics.negentropy[:2].abs().max().item() <= 1e-6
+    assert statistics.complement_lse.tolist()[:2] == [2.0, -torch.inf]
+    assert loss[1].item() == pytest.approx(0.0, abs=1e-7)
+    if "cross_entropy" in case.name:
+        assert loss[2].item() == torch.inf
+    else:
+        assert bool(loss.isfinite().all())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_nan_and_positive_infinity_are_not_hidden(case: Case, device: torch.device) -> None:
+    logits, target = draw(3, 9, None)
+    target[:] = 0
+    logits[0, 4] = torch.nan
+    logits[1, 1:] = torch.nan
+    logits[2, 4] = torch.inf
+    loss, gradient = gradient_of(case.loss, logits.float().to(device), target.to(device), torch.ones(3))
+    if case.name != "cross_entropy":
+        assert bool(loss.isnan().all())
+    assert bool(gradient[0].isnan().any()) and bool(gradient[1].isnan().any()) and bool(gradient[2].isnan().any())
+
+
+def test_exact_mode_does_not_see_the_target_logit(device: torch.device) -> None:
+    logits, target = draw(7, 33, None)
+    logits = logits.float().to(device)
+    moved = logits.scatter(1, target.to(device)[:, None], 25.0)
+    weights = torch.ones(7)
+    loss, gradient = gradient_of(cot_kernels.complement_entropy, logits, target.to(device), weights, eps=0.0)
+    again, gradient_again = gradient_of(cot_kernels.complement_entropy, moved, target.to(device), weights, eps=0.0)
+    assert torch.equal(loss, again)
+    assert torch.equal(gradient, gradient_again)
+    assert gradient.gather(1, target.to(device)[:, None]).abs().max().item() == 0
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_shift_of_the_row_changes_nothing(
+    case: Case, device: torch.device, request: pytest.FixtureRequest
+) -> None:
+    """Logits on a grid of 1/256 shift without rounding, so any difference would be ours: L itself is never rounded.
+
+    Triton's interpreter rounds the product within a multiply-add, which no GPU does: a small shift must do there.
+    """
+    interpreted = request.node.callspec.params["device"] == "triton" and device.type == "cpu"
+    shift = 4 if interpreted else 1000
+    logits, target = draw(5, 70, 2.0)
+    logits = (logits * 256).round() / 256
+    weights = torch.ones(5)
+    loss, gradient = gradient_of(case.loss, logits.float().to(device), target.to(device), weights)
+    shifted, shifted_gradient = gradient_of(case.loss, (logits + shift).float().to(device), target.to(device), weights)
+    torch.testing.assert_close(shifted, loss, rtol=2e-6, atol=2e-7)
+    assert relative_error(shifted_gradient, gradient) < 2e-6
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradient_sums_to_zero(case: Case, device: torch.device) -> None:
+    logits, target = draw(6, 300, 1.0)
+    gradient = gradient_of(case.loss, logits.to(device), target.to(device), torch.ones(6))[1]
+    assert gradient.sum(1).abs().max().item() < 1e-14
+
+
+def test_cross_entropy_is_accurate_where_torch_rounds_to_zero(device: torch.device) -> None:
+    logits = torch.tensor([[20.0, 0.0, 0.0]], device=device)
+    loss = cot_kernels.cross_entropy(logits, torch.tensor([0], device=device))
+    assert loss.item() == pytest.approx(2 * 2.061153622438558e-09, rel=1e-5)
