@@ -1,8 +1,8 @@
 """What the compiler makes of every kernel variant, on a machine with no GPU: registers, stack, spills, access widths.
 
-``python -m benchmarks.compile_report`` compiles the variants that :mod:`cot_kernels.backends.triton.launch` would launch,
-for sm_80, sm_90, sm_100 and gfx942, reads the cubins with the disassembler that the triton wheel carries, and writes
-one JSON object a variant. It must run without TRITON_INTERPRET, which replaces the compiler.
+``python -m benchmarks.compile_report`` compiles the variants that the launch table chooses, for
+sm_80, sm_90, sm_100 and gfx942, reads the cubins with the disassembler that the triton wheel carries, and writes one
+JSON object a variant. It must run without TRITON_INTERPRET, which replaces the compiler.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +102,14 @@ def variants() -> Iterator[Variant]:
             if dtype not in ("bf16", "fp64"):
                 continue
             for objective in TWINS:
-                for kernel, layout, split in (
+                for kernel, name, split in (
                     ("statistics", "long", False),
                     ("statistics", "long", True),
                     ("merge", "long", True),
                     ("statistics", "short", False),
                 ):
                     for reduces in (False,) if objective == "statistics" else (True, False):
-                        found[Variant(kernel, layout, dtype, target, objective, reduces, split)] = None
+                        found[Variant(kernel, name, dtype, target, objective, reduces, split)] = None
             for mean in (True, False):
                 found[Variant("reduce", "", dtype, target, "", mean, False)] = None
             found[Variant("gradient", "long", dtype, target, "", False, False)] = None
@@ -150,6 +150,9 @@ def source_of(variant: Variant) -> tuple[ASTSource, dict[str, int]]:
         else:
             kernel = gradient.gradient_kernel
             constants = {"HAS_FACTOR": variant.reduces, "ROWS": tile.rows, "BLOCK": tile.block, "ALIGN": tile.align}
+    # What Triton finds to be 1 at a launch becomes a constant: the stride of neighbours in memory.
+    rowwise = layout is not None and layout.class_stride == 1
+    ones = ("inner", "stride_k", "grad_stride_k") if rowwise else ("stride_d", "grad_stride_d")
     types, divisible = {}, []
     for name in kernel.arg_names:
         if name in constants:
@@ -165,18 +168,18 @@ def source_of(variant: Variant) -> tuple[ASTSource, dict[str, int]]:
             divisible.append(name)
         elif name in ("scale", "parameter", "exponent"):
             types[name] = "fp64"
-        elif layout is not None and layout.class_stride == 1 and name in ("inner", "stride_k", "grad_stride_k"):
-            types[name], constants[name] = "constexpr", 1
-        elif layout is not None and layout.class_stride != 1 and name in ("stride_d", "grad_stride_d"):
+        elif name in ones:
             types[name], constants[name] = "constexpr", 1
         elif name in ("stride_n", "stride_d", "grad_stride_n", "grad_stride_d"):
             types[name] = "i64"
         else:
             types[name] = "i32"
-    if layout is not None and layout.class_stride == 1:  # (N, K): the strides of the absent dimension are 0
+    if rowwise:  # (N, K): the strides of the absent dimension are 0
         divisible += [name for name in ("stride_d", "grad_stride_d") if name in types]
     if layout is not None and layout.num_classes % 16 == 0:
-        divisible += [name for name in ("num_classes", "stride_n", "grad_stride_n") if types.get(name, "").startswith("i")]
+        divisible += [
+            name for name in ("num_classes", "stride_n", "grad_stride_n") if types.get(name, "").startswith("i")
+        ]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     return ASTSource(kernel, types, constexprs, attributes), {"num_warps": warps}
@@ -196,6 +199,16 @@ def _accesses(sass: str, instruction: str) -> dict[str, int]:
     return widths
 
 
+def _gcn_accesses(assembly: str, kind: str) -> dict[str, int]:
+    """The same for AMD's assembly, whose mnemonics end in dwordx4, dword, ushort and the like."""
+    widths: dict[str, int] = {}
+    for suffix in re.findall(rf"\b(?:global|buffer|flat)_{kind}_(\w+)", assembly):
+        words = re.search(r"(?:dword|b)(x?)(\d+)?", suffix)
+        key = "16 or 8" if "short" in suffix or "byte" in suffix or not words else str(int(words[2] or 1) * 32)
+        widths[key] = widths.get(key, 0) + 1
+    return widths
+
+
 def report_on(variant: Variant) -> Report:
     source, options = source_of(variant)
     promised = variant.kernel in ("statistics", "gradient") and tile_of(variant)[1].align > 1
@@ -205,7 +218,8 @@ def report_on(variant: Variant) -> Report:
         found = {key: re.search(rf"\.{key}:\s*(\d+)", assembly) for key in ("vgpr_count", "private_segment_fixed_size")}
         spills = sum(int(count) for count in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", assembly))
         registers, stack = (int(match[1]) if match else None for match in found.values())
-        return Report(variant, promised, registers, stack, spills, {}, {})
+        loads, stores = (_gcn_accesses(assembly, kind) for kind in ("load", "store"))
+        return Report(variant, promised, registers, stack, spills, loads, stores)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()

@@ -39,7 +39,7 @@ def _refuse_double_backward() -> None:
 class RowLoss(torch.autograd.Function):
     """``reduce_n l(b_n, S_n)`` for an objective ``l``; see :mod:`cot_kernels.objectives`.
 
-    Unreduced losses come in the backend's own shape, one entry a row: a view made in here could not be changed in place.
+    Unreduced losses come in the backend's own shape: a view of them made in here could not be changed in place.
     """
 
     @staticmethod

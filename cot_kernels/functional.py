@@ -165,9 +165,7 @@ def complement_cross_entropy(
     return _row_loss(input, target, ignore_index, objective, reduction)
 
 
-def cross_entropy(
-    input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
-) -> Tensor:
+def cross_entropy(input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
     r"""Cross-entropy with class indices, ``-ln p_g = softplus(L - z_g)``.
 
     Equal to :func:`torch.nn.functional.cross_entropy`, and accurate where that rounds to 0: nothing cancels as
@@ -213,12 +211,13 @@ def complement_statistics(input: Tensor, target: Tensor, *, ignore_index: int = 
     """
     _check(input, target, ignore_index, "none")
     logits, rows = _as_rows(input, target)
-    return ComplementStatistics(*(value.reshape(target.shape) for value in RowStatistics.apply(logits, rows, ignore_index)))
+    values = RowStatistics.apply(logits, rows, ignore_index)  # type: ignore[no-untyped-call]
+    return ComplementStatistics(*(value.reshape(target.shape) for value in values))
 
 
 def _row_loss(input: Tensor, target: Tensor, ignore_index: int, objective: Objective, reduction: str) -> Tensor:
     logits, rows = (input, target) if input.dim() == 2 else _as_rows(input, target)
-    loss: Tensor = RowLoss.apply(logits, rows, ignore_index, objective, reduction)
+    loss: Tensor = RowLoss.apply(logits, rows, ignore_index, objective, reduction)  # type: ignore[no-untyped-call]
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 

@@ -1,6 +1,8 @@
-"""The losses as modules: their arguments are those of the function of the same name in :mod:`cot_kernels.functional`."""
+"""The losses as modules. Their arguments are those of the functions of the same names in :mod:`.functional`."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from cot_kernels import functional
 class _Loss(nn.Module):
     """Holds the keyword arguments of a loss and, if told, the number of classes to insist on."""
 
-    def __init__(self, num_classes: int | None, **arguments: object) -> None:
+    def __init__(self, num_classes: int | None, **arguments: Any) -> None:
         super().__init__()
         if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 2):
             raise ValueError(f"num_classes must be None or an int of at least 2, got {num_classes!r}")
@@ -27,7 +29,9 @@ class _Loss(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in {"num_classes": self.num_classes, **self.arguments}.items())
+        return ", ".join(
+            f"{name}={value}" for name, value in {"num_classes": self.num_classes, **self.arguments}.items()
+        )
 
 
 class ComplementEntropy(_Loss):

@@ -7,11 +7,11 @@ A row of logits ``z`` with target class ``g`` enters every loss through two numb
 
 so an objective is a scalar function ``l(b, S)`` with the partials ``dl/db`` and ``dl/dS``:
 
-| objective                       | l(b, S) / scale                    | dl/db / scale                                   | dl/dS / scale |
-|---------------------------------|------------------------------------|-------------------------------------------------|---------------|
-| ComplementEntropyObjective      | h = u (S + ln u)                   | (h + u) v,   v = p eps / (1 - p + eps)           | u             |
-| GuidedComplementEntropyObjective| G h,   G = (p + eps)^alpha         | G ((h + u) v - alpha h p (1 - p) / (p + eps))    | G u           |
-| CrossEntropyObjective           | softplus(b) + w S                  | 1 - p                                           | w             |
+| objective                        | l / scale              | dl/db / scale                         | dl/dS / scale |
+|----------------------------------|------------------------|---------------------------------------|---------------|
+| ComplementEntropyObjective       | h = u (S + ln u)       | f = (h + u) p eps / (1 - p + eps)     | u             |
+| GuidedComplementEntropyObjective | G h, G = (p + eps)^alpha | G (f - alpha h p (1 - p) / (p + eps)) | G u           |
+| CrossEntropyObjective            | softplus(b) + w S      | 1 - p                                 | w             |
 
 with ``u = (1 - p) / (1 - p + eps)`` and ``1 - p = sigmoid(b)``, never computed as a difference.
 

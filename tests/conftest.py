@@ -15,6 +15,8 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
     with contextlib.suppress(ImportError):  # imported by the interpreter on its first run, with the same choice
         import triton.experimental.gluon  # noqa: F401
+import twin_kernel  # noqa: E402, F401
+
 import cot_kernels.autograd  # noqa: E402
 from cot_kernels.backends import aten  # noqa: E402
 from cot_kernels.backends.triton import backend as triton_backend  # noqa: E402

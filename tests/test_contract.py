@@ -15,7 +15,9 @@ from torch.nn import functional as F
 import cot_kernels
 
 
-@pytest.mark.parametrize("shape", [(5,), (4, 5), (0, 5), (3, 5, 2), (2, 5, 3, 4), (2, 1100, 3), (0, 5, 2), (2, 5, 0)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5,), (4, 5), (0, 5), (3, 5, 2), (2, 5, 3, 4), (2, 1100, 3), (0, 5, 2), (2, 5, 0)], ids=str
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_shapes_are_those_of_cross_entropy(
@@ -23,7 +25,9 @@ def test_shapes_are_those_of_cross_entropy(
 ) -> None:
     classes = shape[1] if len(shape) > 1 else shape[0]
     logits = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    target = torch.randint(classes, (*shape[:1], *shape[2:]) if len(shape) > 1 else (), generator=torch.Generator().manual_seed(1))
+    target = torch.randint(
+        classes, (*shape[:1], *shape[2:]) if len(shape) > 1 else (), generator=torch.Generator().manual_seed(1)
+    )
     rows = logits.movedim(1, -1).reshape(-1, classes) if len(shape) > 1 else logits[None]
     leaf, rows = logits.to(device).requires_grad_(), rows.requires_grad_()
 
@@ -57,7 +61,15 @@ def strided(name: str, rows: int, classes: int) -> Tensor:
     return dense
 
 
-LAYOUTS = ["dense", "transposed", "every other row", "every other class", "off a boundary", "storage offset", "expanded"]
+LAYOUTS = [
+    "dense",
+    "transposed",
+    "every other row",
+    "every other class",
+    "off a boundary",
+    "storage offset",
+    "expanded",
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -178,9 +190,7 @@ def test_upstream_gradients_of_any_kind(classes: int, device: torch.device) -> N
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("classes", [10, 1300])
-def test_runs_are_deterministic_and_leave_the_logits_alone(
-    case: Case, classes: int, device: torch.device
-) -> None:
+def test_runs_are_deterministic_and_leave_the_logits_alone(case: Case, classes: int, device: torch.device) -> None:
     logits, target = draw(33, classes, None)
     leaf = logits.float().to(device).requires_grad_()
     before = leaf.detach().clone()
@@ -206,9 +216,7 @@ def test_loss_may_be_changed_in_place(device: torch.device) -> None:
         torch.testing.assert_close(gradient, whole / 4 if reduction == "mean" else whole)
 
 
-def test_every_output_element_is_written(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_output_element_is_written(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory full of NaN: none of it may show in a loss or a gradient."""
 
     def poisoned(allocate: Any) -> Any:
@@ -287,7 +295,12 @@ BAD_CALLS: list[tuple[type[Exception], str, tuple[Any, Any], dict[str, Any]]] = 
     (ValueError, r"shape \(2, 4\) .* got \(4, 2\)", (torch.zeros(2, 3, 4), torch.zeros(4, 2).long()), {}),
     (ValueError, "at least 2 classes, got 1", (torch.zeros(2, 1), torch.zeros(2).long()), {}),
     (ValueError, "at least 2 classes, got 0", (torch.zeros(2, 0), torch.zeros(2).long()), {}),
-    (ValueError, "reduction must be one of .* got 'avg'", (torch.zeros(2, 3), torch.zeros(2).long()), {"reduction": "avg"}),
+    (
+        ValueError,
+        "reduction must be one of .* got 'avg'",
+        (torch.zeros(2, 3), torch.zeros(2).long()),
+        {"reduction": "avg"},
+    ),
     (TypeError, "ignore_index must be an int", (torch.zeros(2, 3), torch.zeros(2).long()), {"ignore_index": 1.5}),
 ]
 
@@ -302,7 +315,9 @@ BAD_CALLS: list[tuple[type[Exception], str, tuple[Any, Any], dict[str, Any]]] = 
         cot_kernels.cross_entropy,
     ],
 )
-def test_bad_input(loss: Any, error: type[Exception], message: str, arguments: tuple[Any, Any], options: dict[str, Any]) -> None:
+def test_bad_input(
+    loss: Any, error: type[Exception], message: str, arguments: tuple[Any, Any], options: dict[str, Any]
+) -> None:
     with pytest.raises(error, match=message):
         loss(*arguments, **options)
 
@@ -341,5 +356,5 @@ def test_second_derivative_is_refused(device: torch.device) -> None:
     logits, target = draw(3, 5, None)
     leaf = logits.to(device).requires_grad_()
     loss = cot_kernels.complement_entropy(leaf, target.to(device))
-    with pytest.raises(RuntimeError, match="create_graph=True.*cot_kernels.reference"):
+    with pytest.raises(RuntimeError, match=r"create_graph=True.*cot_kernels\.reference"):
         torch.autograd.grad(loss, leaf, create_graph=True)

@@ -63,7 +63,9 @@ def test_half_precision_rounds_only_what_it_returns(
     logits, target = draw(rows, classes, margin)
     logits = logits.to(dtype)
     # Upstream gradients that keep the products within the range of float16.
-    weights = torch.full((rows,), 512.0 * (classes if case.name.startswith("complement_entropy") else 1), dtype=torch.float64)
+    weights = torch.full(
+        (rows,), 512.0 * (classes if case.name.startswith("complement_entropy") else 1), dtype=torch.float64
+    )
     true_loss, true_gradient = gradient_of(case.published, logits.double(), target, weights)
 
     loss, gradient = gradient_of(case.loss, logits.to(device), target.to(device), weights)
@@ -80,7 +82,7 @@ def test_half_precision_rounds_only_what_it_returns(
 @pytest.mark.parametrize("value", [30.0, 100.0])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_saturated_rows(case: Case, value: float, device: torch.device) -> None:
-    """Targets far above and far below the rest: finite, and equal to float64 where that itself can tell 1 - p from 0."""
+    """Targets far above and far below the rest: finite, and equal to float64."""
     logits, target = draw(6, 40, None)
     signs = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
     logits.scatter_(1, target[:, None], (signs * value)[:, None])
@@ -124,7 +126,7 @@ def test_masked_classes_are_absent(case: Case, classes: int, device: torch.devic
             true_loss, true_gradient = true_loss / 2, true_gradient / 2
         torch.testing.assert_close(loss.double().cpu(), true_loss, rtol=2e-6, atol=1e-7)
         assert gradient[:, classes // 2 :].abs().max().item() == 0
-        if "complement_entropy" == case.name[:18] or case.name == "cross_entropy":
+        if case.name[:18] == "complement_entropy" or case.name == "cross_entropy":
             assert relative_error(gradient[:, : classes // 2], true_gradient) < 5e-6
 
 
@@ -173,9 +175,7 @@ def test_exact_mode_does_not_see_the_target_logit(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_shift_of_the_row_changes_nothing(
-    case: Case, device: torch.device, request: pytest.FixtureRequest
-) -> None:
+def test_a_shift_of_the_row_changes_nothing(case: Case, device: torch.device, request: pytest.FixtureRequest) -> None:
     """Logits on a grid of 1/256 shift without rounding, so any difference would be ours: L itself is never rounded.
 
     Triton's interpreter rounds the product within a multiply-add, which no GPU does: a small shift must do there.

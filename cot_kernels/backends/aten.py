@@ -34,7 +34,7 @@ CHUNK_BYTES = 1 << 19
 # ATen's grain size: up to here an elementwise operation runs on one thread in a few microseconds.
 FEW_ELEMENTS = 1 << 15
 
-# What a forward pass hands its backward pass: the gradient itself, or the index, the ignored rows, m, ln s, f_S, c, f_g.
+# What a forward pass hands its backward pass: the gradient itself, or index, ignored rows, m, ln s, f_S, c and f_g.
 Saved: TypeAlias = tuple[Tensor | None, ...]
 
 
@@ -76,7 +76,7 @@ def _check_targets(target: Tensor, ignore_index: int, num_classes: int) -> tuple
 
 
 def _blocks(logits: Tensor, dtype: torch.dtype, buffers: int) -> Iterator[tuple[tuple[slice, ...], list[Tensor]]]:
-    """Blocks of whole rows, each with scratch buffers of its shape: an index into N, and into D where one n is large."""
+    """Blocks of whole rows with scratch buffers of their shape: an index into N, and into D where one n is large."""
     num_rows, num_classes = logits.shape[:2]
     inner = logits.shape[2:].numel()
     fitting = max(1, CHUNK_BYTES // (num_classes * dtype.itemsize))  # rows
@@ -175,7 +175,7 @@ def loss(
         target: (N) or (N, D), integers.
     """
     index, ignored = _check_targets(target, ignore_index, logits.shape[1])
-    count: Tensor | int = index.numel() if ignored is None else ignored.numel() - int(ignored.sum())
+    count = index.numel() if ignored is None else ignored.numel() - int(ignored.sum())
     if reduction == "mean" and count:
         objective = objective.scaled(1 / count)
     saved: Saved
@@ -208,7 +208,7 @@ def gradient(logits: Tensor, saved: Saved, upstream: Tensor) -> Tensor:
 
 
 def statistics(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Saved]:
-    """target_logit, complement_lse and negentropy, (N, 1) or (N, 1, D) each (zero where ignored), and the saved rows."""
+    """target_logit, complement_lse and negentropy, each (N, 1) or (N, 1, D) and 0 where ignored, and the saved rows."""
     index, ignored = _check_targets(target, ignore_index, logits.shape[1])
     rows = _statistics(logits, index)
     target_logit = logits.gather(1, index).to(rows.shift.dtype)

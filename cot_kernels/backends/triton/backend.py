@@ -40,14 +40,15 @@ def _strides(logits: Tensor) -> tuple[int, int, int, int]:
     """inner, stride_n, stride_k, stride_d of (N, K) or (N, K, D) logits; row n * inner + d."""
     if logits.dim() == 2:
         return 1, logits.stride(0), logits.stride(1), 0
-    return logits.shape[2], *logits.stride()
+    stride_n, stride_k, stride_d = logits.stride()
+    return logits.shape[2], stride_n, stride_k, stride_d
 
 
 def _tile(*tensors: Tensor) -> launch.Tile:
     """The tile for logits, or for logits and their gradient, which is read and written alike."""
     logits = tensors[0]
     num_classes, itemsize = logits.shape[1], logits.itemsize
-    _, stride_n, stride_k, stride_d = _strides(logits)
+    _, stride_n, _, stride_d = _strides(logits)
     on_boundary = all(each.data_ptr() % 16 == 0 for each in tensors)
     alike = all(each.stride() == logits.stride() for each in tensors)
     per_access = 16 // itemsize

@@ -15,14 +15,14 @@ from cot_kernels.backends.triton.tiles import FLOOR, LOG2E, hint, is_interior, m
 
 
 @triton.jit
-def complement_gradient(z, shift, log_total, slope, offset):  # type: ignore[no-untyped-def]
+def complement_gradient(z, shift, log_total, slope, offset):
     # Subtracting the shift first keeps the rounding of a large L out of q. The clamp is for logits at -inf.
     x = tl.maximum((z * LOG2E - shift) - log_total, FLOOR, propagate_nan=tl.PropagateNan.ALL)
     return tl.exp2(x) * (slope * x - offset)
 
 
 @triton.jit
-def gradient_kernel(  # type: ignore[no-untyped-def]
+def gradient_kernel(
     logits_pointer,
     target_pointer,
     state_pointer,

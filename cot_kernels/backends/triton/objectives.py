@@ -20,19 +20,19 @@ from cot_kernels.objectives import (
 
 
 @triton.jit
-def _sigmoid(x):  # type: ignore[no-untyped-def]
+def _sigmoid(x):
     return 1 / (1 + tl.exp(-x))
 
 
 @triton.jit
-def _log1p(x):  # type: ignore[no-untyped-def]
+def _log1p(x):
     """ln(1 + x) for x >= 0: the rounding of 1 + x is put back to first order."""
     y = 1 + x
     return tl.log(y) + (x - (y - 1)) / y
 
 
 @triton.jit
-def complement_entropy(log_odds, negentropy, scale, eps, unused):  # type: ignore[no-untyped-def]
+def complement_entropy(log_odds, negentropy, scale, eps, unused):
     miss = _sigmoid(log_odds)  # 1 - p
     guarded = miss + eps
     # u = 0 where 1 - p underflows, and there u ln u is 0, not 0 * -inf; with eps = 0, u is 1 even at 0 / 0.
@@ -45,7 +45,7 @@ def complement_entropy(log_odds, negentropy, scale, eps, unused):  # type: ignor
 
 
 @triton.jit
-def guided_complement_entropy(log_odds, negentropy, scale, eps, alpha):  # type: ignore[no-untyped-def]
+def guided_complement_entropy(log_odds, negentropy, scale, eps, alpha):
     loss, d_log_odds, d_negentropy = complement_entropy(log_odds, negentropy, scale, eps, 0.0)
     p = _sigmoid(-log_odds)
     miss = _sigmoid(log_odds)
@@ -57,7 +57,7 @@ def guided_complement_entropy(log_odds, negentropy, scale, eps, alpha):  # type:
 
 
 @triton.jit
-def cross_entropy(log_odds, negentropy, scale, weight, unused):  # type: ignore[no-untyped-def]
+def cross_entropy(log_odds, negentropy, scale, weight, unused):
     softplus = tl.maximum(log_odds, 0.0, propagate_nan=tl.PropagateNan.ALL) + _log1p(tl.exp(-tl.abs(log_odds)))
     loss = scale * softplus
     # Kept apart: a weight of 0 must not turn an infinite or NaN negentropy into a NaN loss.

@@ -32,7 +32,7 @@ from cot_kernels.backends.triton.tiles import (
 
 
 @triton.jit
-def merge(maximum, total, moment, axis: tl.constexpr):  # type: ignore[no-untyped-def]
+def merge(maximum, total, moment, axis: tl.constexpr):
     """Merges the running statistics along an axis; ``maximum`` in logits, the moment in units of log2."""
     merged = tl.max(maximum, axis)
     gap = maximum * LOG2E - tl.expand_dims(merged * LOG2E, axis)
@@ -41,7 +41,7 @@ def merge(maximum, total, moment, axis: tl.constexpr):  # type: ignore[no-untype
 
 
 @triton.jit
-def fold(z, maximum, total, moment):  # type: ignore[no-untyped-def]
+def fold(z, maximum, total, moment):
     """Folds a tile z [ROWS, LANES, VEC] into the running statistics [ROWS, LANES]."""
     raised = tl.maximum(maximum, tl.max(z, 2))
     shift = raised * LOG2E
@@ -55,7 +55,7 @@ def fold(z, maximum, total, moment):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def statistics_kernel(  # type: ignore[no-untyped-def]
+def statistics_kernel(
     logits_pointer,
     target_pointer,
     parts_pointer,  # [3, N, splits] running statistics
@@ -145,7 +145,7 @@ def statistics_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def merge_kernel(  # type: ignore[no-untyped-def]
+def merge_kernel(
     logits_pointer,
     target_pointer,
     parts_pointer,
@@ -182,9 +182,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     moment = tl.load(place + 2 * num_rows * splits, mask=mask, other=0.0)
     maximum, total, moment = merge(maximum, total, moment, 1)
 
-    target_logit = load_target_logits(
-        logits_pointer, rows, target, wanted, inner, stride_n, stride_k, stride_d, dtype
-    )
+    target_logit = load_target_logits(logits_pointer, rows, target, wanted, inner, stride_n, stride_k, stride_d, dtype)
     finish(
         rows, num_rows, wanted, stray, target_logit, maximum, total, moment,
         state_pointer, loss_pointer, partials_pointer, block, tl.num_programs(0),
@@ -193,7 +191,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def finish(  # type: ignore[no-untyped-def]
+def finish(
     rows,
     num_rows,
     wanted,
@@ -216,7 +214,8 @@ def finish(  # type: ignore[no-untyped-def]
     """From (m, s, t) to the row's loss, and to the five numbers the backward pass needs of it.
 
     state [5, N]: shift m log2 e; log2 s; slope f_S ln 2; offset f_S S - f_L; f_g. With them, for x = y_j - log2 s,
-    dl/dz_j = 2^x (slope x - offset). An infinite log2 s, which no row has, marks the ignored ones. Without an objective the statistics (z_g, L, S) themselves are written.
+    dl/dz_j = 2^x (slope x - offset). An infinite log2 s, which no row has, marks the ignored ones. Without an
+    objective the statistics (z_g, L, S) themselves are written.
     """
     inside = rows < num_rows
     # No other class above the floor: S is an empty sum, and L = -inf. (A NaN total is no empty one.)
@@ -258,9 +257,7 @@ def finish(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def reduce_kernel(  # type: ignore[no-untyped-def]
-    partials_pointer, loss_pointer, factor_pointer, blocks, MEAN: tl.constexpr, BLOCK: tl.constexpr
-):
+def reduce_kernel(partials_pointer, loss_pointer, factor_pointer, blocks, MEAN: tl.constexpr, BLOCK: tl.constexpr):
     """The sum of the partial losses, or their mean and the factor 1 / count for the backward pass.
 
     One program: the order of summation is fixed, so results are reproducible bit for bit.

@@ -13,14 +13,14 @@ FLOOR = tl.constexpr(-1e30)
 
 
 @triton.jit
-def row_pointers(pointer, rows, inner, stride_n, stride_d):  # type: ignore[no-untyped-def]
+def row_pointers(pointer, rows, inner, stride_n, stride_d):
     """First class of each row n * inner + d. int64 throughout: N * K exceeds 2^31 in practice."""
     n = rows // inner
     return pointer + n * stride_n + (rows - n * inner) * stride_d
 
 
 @triton.jit
-def load_targets(target_pointer, rows, num_rows, num_classes, ignore_index):  # type: ignore[no-untyped-def]
+def load_targets(target_pointer, rows, num_rows, num_classes, ignore_index):
     """Targets as int32 (-1 where out of range), the rows to compute, and those among them that are out of range."""
     inside = rows < num_rows
     target = tl.load(target_pointer + rows, mask=inside, other=0).to(tl.int64)
@@ -30,15 +30,13 @@ def load_targets(target_pointer, rows, num_rows, num_classes, ignore_index):  # 
 
 
 @triton.jit
-def load_target_logits(  # type: ignore[no-untyped-def]
-    logits_pointer, rows, target, wanted, inner, stride_n, stride_k, stride_d, dtype: tl.constexpr
-):
+def load_target_logits(logits_pointer, rows, target, wanted, inner, stride_n, stride_k, stride_d, dtype: tl.constexpr):
     place = row_pointers(logits_pointer, rows, inner, stride_n, stride_d) + target.to(tl.int64) * stride_k
     return tl.load(place, mask=wanted & (target >= 0), other=0.0).to(dtype)
 
 
 @triton.jit
-def misalignment(base, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
+def misalignment(base, ALIGN: tl.constexpr):
     """Classes between the last 16-byte boundary and the first class of a row; 0 where ALIGN is 1.
 
     Tiles start on the boundary, and the few places before the row are masked: so every interior tile is read in
@@ -53,7 +51,7 @@ def misalignment(base, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def step_back(base, head, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
+def step_back(base, head, ALIGN: tl.constexpr):
     """The 16-byte boundary ``head`` classes before a row, and the compiler's knowledge that it is one."""
     boundary = base - head
     if ALIGN > 1:
@@ -62,7 +60,7 @@ def step_back(base, head, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def hint(number, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
+def hint(number, ALIGN: tl.constexpr):
     """Shows the compiler that a number is a multiple of ALIGN. Triton itself looks for 16 only, and its multiple_of
     has no effect on a kernel argument."""
     if ALIGN > 1:
@@ -71,7 +69,7 @@ def hint(number, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def is_interior(start, target, num_classes, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def is_interior(start, target, num_classes, BLOCK: tl.constexpr):
     """Whether a tile lies within the row and does not hold the target: it then needs no mask at all."""
     within = (start >= 0) & (start + BLOCK <= num_classes)
     return within & ((target < start) | (target >= start + BLOCK))

@@ -1,0 +1,45 @@
+# Two commands do everything, set-up included: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# One thread a test worker: with more, the workers' thread pools wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: demo test test-gpu lint format compile-report bench-cpu readme clean
+
+demo: $(VENV)/.installed  ## Fine-tune a transformer on BBC News with and without COT; table, PNG and JSON in demo-results/
+	$(BIN)/python -m examples.demo --output demo-results
+
+test: $(VENV)/.installed  ## The whole suite; kernels run in Triton's interpreter where there is no GPU
+	$(PYTEST) -n 2 --dist worksteal
+
+test-gpu:  ## The GPU-marked tests, with whatever Python environment is active
+	$(PYTHON) -m pytest -m gpu
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+compile-report: $(VENV)/.installed  ## Registers, spills and access widths of every kernel variant, without a GPU
+	$(BIN)/python -m benchmarks.compile_report --output benchmarks/results/compile_report.json
+
+bench-cpu: $(VENV)/.installed  ## The losses beside the published operations and F.cross_entropy, on this CPU
+	$(BIN)/python -m benchmarks.cpu --output benchmarks/results/cpu.json
+
+readme: $(VENV)/.installed  ## The tables of the README from the committed result files
+	$(BIN)/python -m benchmarks.readme
+
+# torch by itself first: its version decides which Triton and which build the rest must fit.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-results build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

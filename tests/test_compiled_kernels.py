@@ -1,0 +1,51 @@
+"""What the compiler makes of the kernels, for GPUs that need not be there: no spills, no stack, 128-bit accesses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+
+pytestmark = [
+    pytest.mark.compiler,
+    pytest.mark.skipif(sys.platform != "linux", reason="Triton is built for Linux only"),
+]
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def reports(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """Reports of every variant for one target, compiled in a process of its own: this one holds the interpreter."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.compile_report", "--target", request.param]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
+    assert run.returncode == 0, run.stderr[-4000:]
+    found: list[dict[str, Any]] = json.loads(run.stdout)
+    assert len(found) > 50 and {report["variant"]["target"] for report in found} == {request.param}
+    return found
+
+
+def test_no_spills_and_no_stack(reports: list[dict[str, Any]]) -> None:
+    wasteful = [report for report in reports if report["spill_bytes"] or report["stack_bytes"]]
+    assert wasteful == []
+    assert all(0 < report["registers"] <= 512 for report in reports)
+
+
+def test_rows_are_read_and_written_in_128_bits(reports: list[dict[str, Any]]) -> None:
+    """Every variant whose tile promises alignment: the short rows, and rows of one program whatever their length."""
+    promised = [report for report in reports if report["wide_access_promised"]]
+    layouts = {(report["variant"]["kernel"], report["variant"]["layout"]) for report in promised}
+    assert {
+        (kernel, name) for kernel in ("statistics", "gradient") for name in ("short", "medium", "long", "long, odd")
+    } <= layouts
+    for report in promised:
+        assert report["global_loads"].get("128"), report
+        if report["variant"]["kernel"] == "gradient":
+            assert report["global_stores"].get("128"), report

@@ -1,0 +1,99 @@
+"""The row formulas: partials against autograd of the formula as written, and the device twins against both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from twin_kernel import twin_kernel
+
+from cot_kernels.backends.triton.objectives import device_twin
+from cot_kernels.objectives import (
+    ComplementEntropyObjective,
+    CrossEntropyObjective,
+    GuidedComplementEntropyObjective,
+    Objective,
+)
+
+HAS_GPU = torch.cuda.is_available()
+
+
+def fading(log_odds: Tensor, negentropy: Tensor, eps: float) -> Tensor:
+    u = torch.sigmoid(log_odds) / (torch.sigmoid(log_odds) + eps)
+    return u * (negentropy + torch.log(u))
+
+
+FORMULAS: list[tuple[Objective, Callable[[Tensor, Tensor], Tensor]]] = [
+    (ComplementEntropyObjective(0.1, 1e-7), lambda b, s: 0.1 * fading(b, s, 1e-7)),
+    (ComplementEntropyObjective(0.1, 1e-2), lambda b, s: 0.1 * fading(b, s, 1e-2)),
+    (ComplementEntropyObjective(0.5, 0.0), lambda b, s: 0.5 * s),
+    (
+        GuidedComplementEntropyObjective(0.3, 1e-7, 1 / 3),
+        lambda b, s: 0.3 * (torch.sigmoid(-b) + 1e-7) ** (1 / 3) * fading(b, s, 1e-7),
+    ),
+    (
+        GuidedComplementEntropyObjective(0.3, 1e-3, 2.0),
+        lambda b, s: 0.3 * (torch.sigmoid(-b) + 1e-3) ** 2 * fading(b, s, 1e-3),
+    ),
+    (GuidedComplementEntropyObjective(0.3, 0.0, 0.5), lambda b, s: 0.3 * torch.sigmoid(-b) ** 0.5 * s),
+    (CrossEntropyObjective(1.0, 0.0), lambda b, s: torch.nn.functional.softplus(b, threshold=700)),
+    (CrossEntropyObjective(0.25, 1.5), lambda b, s: 0.25 * (torch.nn.functional.softplus(b, threshold=700) + 1.5 * s)),
+]
+IDS = [repr(objective) for objective, _ in FORMULAS]
+
+
+def rows() -> tuple[Tensor, Tensor]:
+    log_odds = torch.linspace(-16, 30, 93, dtype=torch.float64)
+    return log_odds, -torch.rand(93, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4 - 0.1
+
+
+@pytest.mark.parametrize(("objective", "formula"), FORMULAS, ids=IDS)
+def test_partials_are_those_of_the_formula(objective: Objective, formula: Callable[[Tensor, Tensor], Tensor]) -> None:
+    log_odds, negentropy = (value.requires_grad_() for value in rows())
+    true = formula(log_odds, negentropy)
+    gradients = torch.autograd.grad(true.sum(), (log_odds, negentropy), materialize_grads=True)
+    values = objective.rows(log_odds.detach(), negentropy.detach())
+    torch.testing.assert_close(values.loss, true.detach(), rtol=1e-9, atol=1e-14)
+    # Autograd's own subtraction of nearly equal numbers is what the hand-written partial avoids: hence 1e-7.
+    torch.testing.assert_close(values.d_log_odds, gradients[0], rtol=1e-7, atol=1e-15)
+    torch.testing.assert_close(values.d_negentropy, gradients[1], rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize(("objective", "formula"), FORMULAS, ids=IDS)
+def test_scaled(objective: Objective, formula: Callable[[Tensor, Tensor], Tensor]) -> None:
+    for plain, scaled in zip(objective.rows(*rows()), objective.scaled(3.0).rows(*rows()), strict=True):
+        torch.testing.assert_close(scaled, plain * 3)
+
+
+@pytest.mark.parametrize("objective", [objective for objective, _ in FORMULAS], ids=IDS)
+@pytest.mark.parametrize("extreme", [-1e30, -math.inf, -104.0, 104.0, 1e30, math.inf])
+def test_extremes_are_finite_or_the_limit(objective: Objective, extreme: float) -> None:
+    values = objective.rows(torch.tensor([extreme]), torch.tensor([-1.0]))
+    assert not any(value.isnan().any() for value in values)
+    assert math.isfinite(values.d_log_odds.item()) and math.isfinite(values.d_negentropy.item())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("objective", [objective for objective, _ in FORMULAS], ids=IDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_device_twins(objective: Objective, dtype: torch.dtype) -> None:
+    device = "cuda" if HAS_GPU else "cpu"
+    log_odds, negentropy = rows()
+    ends = torch.tensor([-1e30, -104.0, 104.0, 1e30], dtype=torch.float64)
+    log_odds, negentropy = torch.cat((log_odds, ends)), torch.cat((negentropy, -torch.ones(4, dtype=torch.float64)))
+    stacked = torch.stack((log_odds, negentropy)).to(dtype).to(device)
+    out = torch.full((3, len(log_odds)), torch.nan, dtype=dtype, device=device)
+    twin, parameters = device_twin(objective)
+    twin_kernel[(1,)](stacked, out, *parameters, len(log_odds), TWIN=twin, BLOCK=128)
+    true = objective.rows(log_odds.to(dtype).double(), negentropy.to(dtype).double())
+    tolerance = {"rtol": 1e-10, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-7}
+    for got, expected in zip(out.cpu().double(), true, strict=True):
+        torch.testing.assert_close(got, expected, **tolerance)
+
+
+def test_an_objective_without_a_twin_is_refused() -> None:
+    with pytest.raises(TypeError, match="no device function for int"):
+        device_twin(3)  # type: ignore[arg-type]
