@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import CASES, Case, draw, gradient_of, relative_error
+from oracle import complement_entropy as oracle_loss
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -358,3 +359,19 @@ def test_second_derivative_is_refused(device: torch.device) -> None:
     loss = cot_kernels.complement_entropy(leaf, target.to(device))
     with pytest.raises(RuntimeError, match=r"create_graph=True.*cot_kernels\.reference"):
         torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+def test_many_rows_and_many_classes(device: torch.device) -> None:
+    """More rows than a GPU's second grid axis has places, and more classes than fit 2^20."""
+    for rows, classes in ((65537, 3), (1, 2**20 + 3)):
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(rows, classes, generator=generator)
+        target = torch.randint(classes, (rows,), generator=generator)
+        leaf = logits.to(device).requires_grad_()
+        loss = cot_kernels.complement_entropy(leaf, target.to(device), normalization="none")
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        plain = logits.double().requires_grad_()
+        true = oracle_loss(plain, target) * classes
+        (true_gradient,) = torch.autograd.grad(true, plain)
+        assert loss.item() == pytest.approx(true.item(), rel=1e-6)
+        assert relative_error(gradient, true_gradient) < 2e-6

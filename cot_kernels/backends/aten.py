@@ -11,12 +11,13 @@ With ``d_j = z_j - m`` over the classes ``j != g``:
 
 which is ``q_j (f_L + f_S ((z_j - L) - S))`` with what depends on the row alone taken out of the loop.
 
-Problems of at most FEW_ELEMENTS logits take another way: there a call costs its number of operations, not their
+Problems of at most FEW_ELEMENTS logits in short rows take another way: there a call costs its number of operations, not their
 arithmetic, so value and gradient are formed together in the forward pass and the gradient (128 KiB at most) is kept.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 
@@ -31,8 +32,10 @@ FLOOR = -1e30
 # Bytes of one scratch buffer; two are alive. 256 KiB to 1 MiB measured alike on a processor with 1.25 MiB of L2 a core.
 CHUNK_BYTES = 1 << 19
 
-# ATen's grain size: up to here an elementwise operation runs on one thread in a few microseconds.
+# ATen's grain size: up to here an elementwise operation runs on one thread in a few microseconds. Rows must be short
+# besides: log_softmax adds up a row in few running sums, and at 32,000 classes the gradient would be off by 4e-6.
 FEW_ELEMENTS = 1 << 15
+FEW_CLASSES = 1 << 10
 
 # What a forward pass hands its backward pass: the gradient itself, or index, ignored rows, m, ln s, f_S, c and f_g.
 Saved: TypeAlias = tuple[Tensor | None, ...]
@@ -165,6 +168,33 @@ def _few(logits: Tensor, index: Tensor, objective: Objective) -> tuple[Tensor, T
     return loss, grad
 
 
+def _averaged(objective: Objective, index: Tensor, ignored: Tensor | None, reduction: str) -> tuple[Objective, int]:
+    """The objective whose sum is the wanted reduction, and the number of rows that count."""
+    count = index.numel() if ignored is None else ignored.numel() - int(ignored.sum())
+    return (objective.scaled(1 / count) if reduction == "mean" and count else objective), count
+
+
+def _reduce(row_loss: Tensor, ignored: Tensor | None, count: int, reduction: str) -> Tensor:
+    if ignored is not None:
+        row_loss.masked_fill_(ignored, 0)
+    if reduction == "none":
+        return row_loss
+    total = row_loss.sum()
+    # With nothing to average over the mean is 0 / 0, as in torch.nn.functional.cross_entropy.
+    return total if count or reduction == "sum" else total.fill_(torch.nan)
+
+
+def _loss_of_few(
+    logits: Tensor, index: Tensor, ignored: Tensor | None, objective: Objective, reduction: str
+) -> tuple[Tensor, Saved]:
+    objective, count = _averaged(objective, index, ignored, reduction)
+    row_loss, grad = _few(logits, index, objective)
+    if ignored is not None:
+        grad.masked_fill_(ignored, 0)
+    # The gradient is kept in the accumulation dtype: in half precision it could underflow before it is scaled.
+    return _reduce(row_loss, ignored, count, reduction), (grad,)
+
+
 def loss(
     logits: Tensor, target: Tensor, ignore_index: int, objective: Objective, reduction: str
 ) -> tuple[Tensor, Saved]:
@@ -174,28 +204,20 @@ def loss(
         logits: (N, K) or (N, K, D), any strides.
         target: (N) or (N, D), integers.
     """
+    few = 0 < logits.numel() <= FEW_ELEMENTS and logits.shape[1] <= FEW_CLASSES
+    if few and not 0 <= ignore_index < logits.shape[1]:
+        # Gathering checks each index anyway; only when one is out of range is it worth a look of our own.
+        with contextlib.suppress(IndexError, RuntimeError):
+            return _loss_of_few(logits, target.long().unsqueeze(1), None, objective, reduction)
     index, ignored = _check_targets(target, ignore_index, logits.shape[1])
-    count = index.numel() if ignored is None else ignored.numel() - int(ignored.sum())
-    if reduction == "mean" and count:
-        objective = objective.scaled(1 / count)
-    saved: Saved
-    if 0 < logits.numel() <= FEW_ELEMENTS:
-        row_loss, grad = _few(logits, index, objective)
-        if ignored is not None:
-            grad.masked_fill_(ignored, 0)
-        saved = (grad,)  # in the accumulation dtype: a half precision one would underflow before it is scaled
-    else:
-        statistics = _statistics(logits, index)
-        row_loss, d_log_odds, d_negentropy = objective.rows(statistics.log_odds, statistics.negentropy)
-        coefficients = _coefficients(statistics, d_log_odds.neg(), d_log_odds, d_negentropy)
-        saved = (index, ignored, statistics.shift, statistics.log_total, *coefficients)
-    if ignored is not None:
-        row_loss.masked_fill_(ignored, 0)
-    if reduction == "none":
-        return row_loss, saved
-    total = row_loss.sum()
-    # With nothing to average over the mean is 0 / 0, as in torch.nn.functional.cross_entropy.
-    return total if count or reduction == "sum" else total.fill_(torch.nan), saved
+    if few:
+        return _loss_of_few(logits, index, ignored, objective, reduction)
+    objective, count = _averaged(objective, index, ignored, reduction)
+    statistics = _statistics(logits, index)
+    row_loss, d_log_odds, d_negentropy = objective.rows(statistics.log_odds, statistics.negentropy)
+    coefficients = _coefficients(statistics, d_log_odds.neg(), d_log_odds, d_negentropy)
+    saved = (index, ignored, statistics.shift, statistics.log_total, *coefficients)
+    return _reduce(row_loss, ignored, count, reduction), saved
 
 
 def gradient(logits: Tensor, saved: Saved, upstream: Tensor) -> Tensor:

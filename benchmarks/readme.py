@@ -1,0 +1,51 @@
+"""``python -m benchmarks.readme`` writes the tables of the README, between its markers, from the committed results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from examples.demo import markdown_table
+
+ROOT = Path(__file__).parents[1]
+CPU_RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
+DEMO_RESULTS = ROOT / "docs" / "demo" / "results.json"
+
+
+def cpu_table() -> str:
+    report = json.loads(CPU_RESULTS.read_text())
+    names = list(report["results"][0]["microseconds"])
+    lines = [f"| rows x classes | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+    for result in report["results"]:
+        times = result["microseconds"]
+        ratios = (f"{times['published'] / times[name]:.2f}" for name in names)
+        lines.append(f"| {result['rows']} x {result['classes']} | {' | '.join(ratios)} |")
+    about = report["environment"]
+    note = (
+        f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, float32; `benchmarks/results/cpu.json`."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def demo_table() -> str:
+    return markdown_table(json.loads(DEMO_RESULTS.read_text())) + "\n\n![The demo's picture](docs/demo/demo.png)"
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """The text with what stands between the two markers of a name replaced."""
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+    filled, count = re.subn(pattern, lambda match: f"{match[1]}{content}\n{match[2]}", text, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"README.md must hold the markers of {name!r} once, found {count}")
+    return filled
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = fill(readme.read_text(), "cpu", cpu_table())
+    readme.write_text(fill(text, "demo", demo_table()))
+
+
+if __name__ == "__main__":
+    main()
