@@ -11,8 +11,9 @@ With ``d_j = z_j - m`` over the classes ``j != g``:
 
 which is ``q_j (f_L + f_S ((z_j - L) - S))`` with what depends on the row alone taken out of the loop.
 
-Problems of at most FEW_ELEMENTS logits in short rows take another way: there a call costs its number of operations, not their
-arithmetic, so value and gradient are formed together in the forward pass and the gradient (128 KiB at most) is kept.
+Problems of at most FEW_ELEMENTS logits in short rows take another way: there a call costs its number of operations,
+not their arithmetic, so value and gradient are formed together in the forward pass and the gradient (128 KiB at most)
+is kept.
 """
 
 from __future__ import annotations
