@@ -1,0 +1,33 @@
+"""Complement objective training in Lightning: two-step engine, transformer text classifier, BBC News.
+
+`ComplementObjectiveEngine` and `ComplementObjectiveMixin` import no Lightning. The other names import
+Lightning and transformers when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .training import ComplementObjectiveEngine, ComplementObjectiveMixin
+
+if TYPE_CHECKING:
+    from .cot_bert import CotBert
+    from .data import BBCNewsDataModule, packaged_minilm
+
+__all__ = [
+    "BBCNewsDataModule",
+    "ComplementObjectiveEngine",
+    "ComplementObjectiveMixin",
+    "CotBert",
+    "packaged_minilm",
+]
+
+_MODULE_OF = {"CotBert": "cot_bert", "BBCNewsDataModule": "data", "packaged_minilm": "data"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

@@ -1,0 +1,121 @@
+"""What the integration tests share: a small classifier in float64, its data, and a quiet Trainer."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+ROWS, FEATURES, CLASSES, BATCH = 22, 6, 5, 4  # six batches an epoch, the last with two rows
+
+
+@pytest.fixture
+def pl() -> ModuleType:
+    """Lightning under either of its names."""
+    try:
+        return importlib.import_module("lightning.pytorch")
+    except ModuleNotFoundError:
+        return pytest.importorskip("pytorch_lightning")
+
+
+@pytest.fixture
+def rows() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    inputs = torch.randn(ROWS, FEATURES, generator=generator, dtype=torch.float64)
+    return inputs, torch.randint(CLASSES, (ROWS,), generator=generator)
+
+
+@pytest.fixture
+def loader(rows: tuple[Tensor, Tensor]) -> DataLoader[tuple[Tensor, ...]]:
+    return DataLoader(TensorDataset(*rows), batch_size=BATCH)
+
+
+@pytest.fixture
+def network() -> Callable[[], nn.Module]:
+    """A new network with BatchNorm, always with the same parameters."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(3)
+        # A bias before BatchNorm has gradient zero, whose rounding noise Adam would blow up.
+        first = nn.Linear(FEATURES, 16, bias=False)
+        return nn.Sequential(first, nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, CLASSES)).double()
+
+    return build
+
+
+@pytest.fixture
+def trainer(pl: ModuleType) -> Callable[..., Any]:
+    def build(**options: Any) -> Any:
+        defaults: dict[str, Any] = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": 2,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
+        return pl.Trainer(**{**defaults, **options})
+
+    return build
+
+
+VOCABULARY = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "the",
+    "of",
+    "to",
+    "and",
+    "in",
+    "said",
+    "game",
+    "film",
+    "bank",
+]
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained encoder as found on disk: configuration, weights and tokenizer of a tiny BERT."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("encoder")
+    words = tokenizers.models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    fast.save_pretrained(folder)
+    config = transformers.BertConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    torch.manual_seed(1)
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError(f"network access: {arguments}")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
