@@ -68,3 +68,16 @@ def test_reductions() -> None:
     torch.testing.assert_close(reference.complement_entropy(logits, target), rows.mean())
     with pytest.raises(ValueError, match="reduction must be"):
         reference.complement_entropy(logits, target, reduction="avg")
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_published_operations_in_float32_lose_their_own_formula(classes: int) -> None:
+    """What the README says of them, at a margin of 20: the gradient is off by more than 10 %, and here by < 5e-6."""
+    logits, target = oracle.draw(64, classes, 20.0)
+    logits = logits.float().double()
+    weights = torch.ones(64, dtype=torch.float64)
+    true = oracle.gradient_of(oracle.complement_entropy, logits, target, weights)[1]
+    published = oracle.gradient_of(reference.complement_entropy, logits.float(), target, weights)[1]
+    ours = oracle.gradient_of(cot_kernels.complement_entropy, logits.float(), target, weights)[1]
+    assert oracle.relative_error(published, true) > 0.1
+    assert oracle.relative_error(ours, true) < 5e-6
