@@ -216,14 +216,14 @@ def test_markdown_table(results: dict[str, Any]) -> None:
 
 def test_conclusion_follows_the_figures(results: dict[str, Any]) -> None:
     text = demo.conclusion(results)
-    assert text.startswith("Highest mean accuracy: two-step COT, 94.5 %.")
+    assert text.startswith("Highest mean accuracy: 94.5 % (two-step COT).")
     assert "seed by seed, two-step COT has +3.0 points of accuracy (beyond its spread, ± 1.4)" in text
     assert "+0.050 nats of negative log-likelihood (within its spread, ± 0.071)" in text
     assert "2 seeds on one small data set" in text
     for run in results["runs"]:
         run["accuracy"] = 0.8 if run["method"] == "two_step_cot" else 0.95
     text = demo.conclusion(results)
-    assert text.startswith("Highest mean accuracy: cross-entropy and one-step CCE and two-step CE, 95.0 %.")
+    assert text.startswith("Highest mean accuracy: 95.0 % (cross-entropy, one-step CCE, two-step CE).")
     assert "-15.0 points of accuracy" in text
     assert "its spread" not in demo.conclusion(one_seed(results))
     assert "One seed shows no spread" in demo.conclusion(one_seed(results))
