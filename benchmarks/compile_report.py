@@ -250,6 +250,7 @@ def main() -> None:
         reports = [asdict(report) for report in pool.map(report_on, wanted, chunksize=4)]
     text = json.dumps(reports, indent=1)
     if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(text)
     else:
         sys.stdout.write(text)

@@ -84,7 +84,7 @@ def main() -> None:
         {"rows": rows, "classes": classes, "microseconds": measure(rows, classes, calls)}
         for rows, classes, calls in track(CASES, "measuring", console=Console(stderr=True))
     ]
-    table = Table(title="forward + backward: times faster than the published operations, medians of one process")
+    table = Table(title="forward + backward: times faster than the published operations (medians)")
     table.add_column("rows x classes")
     for name in PROVIDERS:
         table.add_column(name, justify="right")
@@ -96,6 +96,7 @@ def main() -> None:
     Console().print(table)
     if arguments.output:
         report = {"environment": environment(arguments.threads), "results": results}
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
