@@ -30,8 +30,8 @@ def cpu_table() -> str:
 
 def demo_table() -> str:
     note = (
-        "BBC News, 16 articles a topic, mean ± standard deviation over 3 seeds; `docs/demo/results.json`. Two-step CE is "
-        "the control: cross-entropy with as many optimizer steps as COT takes. A demonstration, not a benchmark."
+        "BBC News, 16 articles a topic, mean ± standard deviation over 3 seeds; `docs/demo/results.json`. Two-step CE "
+        "is the control: cross-entropy with as many optimizer steps as COT takes. A demonstration, not a benchmark."
     )
     table = markdown_table(json.loads(DEMO_RESULTS.read_text()))
     return f"{table}\n\n{note}\n\n![Learning curves and the wrong classes' probabilities](docs/demo/demo.png)"
