@@ -37,5 +37,5 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     monkeypatch.setattr(cot_kernels.autograd, "backend_for", lambda logits: aten)
     if request.param == "aten-blocks":
         monkeypatch.setattr(aten, "FEW_ELEMENTS", 0)
-        monkeypatch.setattr(aten, "CHUNK_BYTES", 256)
+        monkeypatch.setattr(aten, "BLOCK_BYTES", 256)
     return torch.device("cpu")
