@@ -1,4 +1,4 @@
-"""Complement objective training in Lightning: two-step engine, transformer text classifier, BBC News.
+"""Complement objective training in Lightning: callback, mixin, transformer text classifier, BBC News.
 
 `ComplementObjectiveEngine` and `ComplementObjectiveMixin` import no Lightning. The other names import
 Lightning and transformers when they are first used.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .batches import causal_lm_logits_and_targets, logits_and_targets
 from .training import ComplementObjectiveEngine, ComplementObjectiveMixin
 
 if TYPE_CHECKING:
+    from .callback import ComplementObjectiveTraining
     from .cot_bert import CotBert
     from .data import BBCNewsDataModule, packaged_minilm
 
@@ -18,11 +20,19 @@ __all__ = [
     "BBCNewsDataModule",
     "ComplementObjectiveEngine",
     "ComplementObjectiveMixin",
+    "ComplementObjectiveTraining",
     "CotBert",
+    "causal_lm_logits_and_targets",
+    "logits_and_targets",
     "packaged_minilm",
 ]
 
-_MODULE_OF = {"CotBert": "cot_bert", "BBCNewsDataModule": "data", "packaged_minilm": "data"}
+_MODULE_OF = {
+    "BBCNewsDataModule": "data",
+    "ComplementObjectiveTraining": "callback",
+    "CotBert": "cot_bert",
+    "packaged_minilm": "data",
+}
 
 
 def __getattr__(name: str) -> Any:

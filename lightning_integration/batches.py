@@ -29,7 +29,8 @@ def logits_and_targets(module: Callable[..., Any], batch: Any) -> tuple[Tensor, 
         TypeError: the batch is of neither kind, or the output holds no logits.
         ValueError: logits and targets do not fit together.
     """
-    if isinstance(batch, Mapping) and "labels" in batch:
+    check_batch(batch)
+    if isinstance(batch, Mapping):
         output = module(**{name: value for name, value in batch.items() if name != "labels"})
         logits, targets = _logits_of(output), batch["labels"]
         if logits.shape[:-1] != targets.shape:
@@ -38,18 +39,14 @@ def logits_and_targets(module: Callable[..., Any], batch: Any) -> tuple[Tensor, 
                 f"which ask for {tuple(logits.shape[:-1])}: {HOW_TO_SAY_WHERE}"
             )
         return logits.flatten(0, -2), targets.flatten()
-    if _is_pair(batch):
-        x, y = batch
-        logits = _logits_of(module(x))
-        if y.shape != logits.shape[:1] + logits.shape[2:]:
-            raise ValueError(
-                f"targets of shape {tuple(y.shape)} do not fit logits of shape {tuple(logits.shape)}, "
-                f"which ask for {tuple(logits.shape[:1] + logits.shape[2:])}: {HOW_TO_SAY_WHERE}"
-            )
-        return logits, y
-    raise TypeError(
-        f'a batch must be a pair (x, y) or a mapping with "labels", got {_described(batch)}: {HOW_TO_SAY_WHERE}'
-    )
+    x, y = batch
+    logits = _logits_of(module(x))
+    if y.shape != logits.shape[:1] + logits.shape[2:]:
+        raise ValueError(
+            f"targets of shape {tuple(y.shape)} do not fit logits of shape {tuple(logits.shape)}, "
+            f"which ask for {tuple(logits.shape[:1] + logits.shape[2:])}: {HOW_TO_SAY_WHERE}"
+        )
+    return logits, y
 
 
 def causal_lm_logits_and_targets(module: Callable[..., Any], batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -62,8 +59,30 @@ def causal_lm_logits_and_targets(module: Callable[..., Any], batch: Mapping[str,
     return _logits_of(output)[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
 
 
-def count_targets(batch: Any) -> Tensor | None:
-    """How many targets of a batch are not ignored, a 0-d tensor; None where they are not found."""
+def check_batch(batch: Any) -> None:
+    """Whether `logits_and_targets` understands a batch.
+
+    Raises:
+        TypeError: it does not.
+    """
+    if not (isinstance(batch, Mapping) and "labels" in batch) and not _is_pair(batch):
+        raise TypeError(
+            f'a batch must be a pair (x, y) or a mapping with "labels", got {_described(batch)}: {HOW_TO_SAY_WHERE}'
+        )
+
+
+def target_shares(batches: Sequence[Any]) -> list[Tensor] | list[float]:
+    """The share of each batch in the valid targets of all; the same for all where targets are not found."""
+    if len(batches) == 1:
+        return [1.0]
+    counts = [_count_targets(batch) for batch in batches]
+    found = [count for count in counts if count is not None]
+    if len(found) < len(counts):
+        return [1 / len(batches)] * len(batches)
+    return list((torch.stack(found) / torch.stack(found).sum()).unbind())
+
+
+def _count_targets(batch: Any) -> Tensor | None:
     targets = batch.get("labels") if isinstance(batch, Mapping) else batch[1] if _is_pair(batch) else None
     if not isinstance(targets, Tensor) or targets.is_floating_point():
         return None

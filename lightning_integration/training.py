@@ -18,16 +18,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import math
-from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from collections.abc import Callable, MutableMapping, MutableSequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from cot_kernels import complement_entropy
+
+from .batches import target_shares
+from .optimizers import ComplementOptimizer, copy_hyperparameters, scaled_learning_rate, second_optimizer
+from .passes import check_trainable, kept_batchnorm_stats, replaced_training_step
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -49,86 +53,99 @@ class ComplementObjectiveEngine:
     """The second of COT's two steps, for a `LightningModule` in automatic optimization.
 
     The engine is told what happens during training (`start`, `batch_started`, `backward_finished`) and
-    takes the complement step when asked (`step`). `ComplementObjectiveMixin` makes these calls from the
-    module's own hooks.
+    takes both steps when asked (`optimizer_step`). `ComplementObjectiveMixin` makes these calls from the
+    module's own hooks, `ComplementObjectiveTraining` from those of a callback.
 
     With `accumulate_grad_batches=n` the complement step covers the same micro-batches as the primary
-    step did, in the same order, each loss divided by n as Lightning divides its own (also in a last
-    window with fewer than n).
+    step did, in the same order. Its loss is their mean weighted by valid targets (all that are not -100),
+    which is the loss of one large batch, in a last window of fewer than n too; where the targets cannot be
+    found in the batches, all weigh the same.
 
     Args:
-        loss: complement loss, `(logits, targets) -> scalar`. Default: `cot_kernels.complement_entropy`, whose
-            values are <= 0.
-        optimizer: "shared" steps the primary optimizer a second time, so both losses feed the same momenta.
-            "separate" steps a second optimizer of the same class over the same parameters, with a state
-            of its own; learning rate and all other hyperparameters are copied from the primary before
-            each step, so one scheduler drives both.
+        objective: complement loss, `(logits, targets) -> scalar`, a mean over valid targets. Default:
+            `cot_kernels.complement_entropy`, whose values are <= 0.
+        optimizer: of the complement step. "separate": one of the primary's class over the same parameter groups,
+            with a state of its own; before each step learning rates and all other hyperparameters are copied
+            from the primary. "shared": the primary steps a second time, so both losses feed the same momenta.
+            Or a function from the parameters to an optimizer, which keeps its own hyperparameters but for the
+            learning rate.
+        lr_ratio: learning rate of the complement step over that of the primary, > 0, whatever the optimizer: it
+            follows the primary's schedule. A group that the primary does not have follows the primary's first.
         weight: factor on the complement loss, > 0.
+        every_n_steps: the complement step follows each n-th primary step, n >= 1.
+        start_epoch: first epoch with complement steps, counted from 0.
+        freeze_batchnorm_stats: leave running means and variances of batch normalization as the primary pass
+            left them. Otherwise the second pass updates them too.
+        log_name: name of the complement loss in the logs.
 
     Raises:
-        TypeError: `loss` is not callable, or `weight` is not a number.
-        ValueError: `optimizer` is neither "shared" nor "separate", or `weight` is not positive and finite.
+        TypeError: an argument is not of the kind described.
+        ValueError: `optimizer` is an unknown word, or a number is out of range.
     """
 
     def __init__(
         self,
-        loss: ComplementLoss = complement_entropy,
+        objective: ComplementLoss = complement_entropy,
         *,
-        optimizer: Literal["shared", "separate"] = "shared",
+        optimizer: ComplementOptimizer = "separate",
+        lr_ratio: float = 1.0,
         weight: float = 1.0,
+        every_n_steps: int = 1,
+        start_epoch: int = 0,
+        freeze_batchnorm_stats: bool = False,
+        log_name: str = "train_complement",
     ) -> None:
-        if not callable(loss):
-            raise TypeError(f"loss must be a callable (logits, targets) -> scalar Tensor, got {type(loss).__name__}")
-        if optimizer not in ("shared", "separate"):
-            raise ValueError(f'optimizer must be "shared" or "separate", got {optimizer!r}')
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise TypeError(f"weight must be a number, got {type(weight).__name__}")
-        if not (weight > 0 and math.isfinite(weight)):
-            raise ValueError(f"weight must be positive and finite, got {weight!r}")
-        self.loss = loss
+        if not callable(objective):
+            raise TypeError(
+                f"objective must be a callable (logits, targets) -> scalar Tensor, got {type(objective).__name__}"
+            )
+        if optimizer not in ("shared", "separate") and not callable(optimizer):
+            raise ValueError(
+                'optimizer must be "separate", "shared" or a callable from parameters to an Optimizer, '
+                f"got {optimizer!r}"
+            )
+        _check_positive("lr_ratio", lr_ratio)
+        _check_positive("weight", weight)
+        _check_count("every_n_steps", every_n_steps, least=1)
+        _check_count("start_epoch", start_epoch, least=0)
+        self.objective = objective
         self.optimizer = optimizer
+        self.lr_ratio = lr_ratio
         self.weight = weight
+        self.every_n_steps = every_n_steps
+        self.start_epoch = start_epoch
+        self.freeze_batchnorm_stats = freeze_batchnorm_stats
+        self.log_name = log_name
+        self._forget()
+
+    def _forget(self) -> None:
         self._primary: Optimizer | None = None
-        self._separate: Optimizer | None = None
+        self._own: Optimizer | None = None  # the complement step's, unless it is shared
         self._restored: dict[str, Any] | None = None
         self._window: list[Any] = []  # micro-batches whose gradients the coming primary step will use
         self._window_step = 0  # trainer.global_step when the window was filled
         self._batch: Any = None
         self._in_complement_pass = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies, for spawned processes too, get the settings: optimizers and batches belong to one run.
+        fresh = object.__new__(type(self))
+        fresh._forget()
+        return {**vars(self), **vars(fresh)}
+
     def start(self, module: LightningModule) -> None:
-        """Checks that `module` and its Trainer can take a complement step; builds the separate optimizer.
+        """Checks that `module` and its Trainer can take a complement step; builds the complement optimizer.
 
         To be called when the Trainer has set up its optimizers and before the first batch (`on_fit_start`).
 
         Raises:
-            RuntimeError: manual optimization, more or fewer than one optimizer, LBFGS, a strategy that
-                handles gradient accumulation itself, or an optimizer that cannot be built a second time.
+            RuntimeError: manual optimization, a `training_step` that takes the data loader's iterator, more or
+                fewer than one optimizer, LBFGS, a strategy that cannot take the step, or an optimizer that
+                cannot be built a second time.
+            TypeError: the function given as `optimizer` does not return an Optimizer.
         """
-        if not module.automatic_optimization:
-            raise RuntimeError(
-                f"{type(module).__name__} uses manual optimization (automatic_optimization=False), which "
-                "complement objective training does not support: let configure_optimizers return one "
-                "optimizer and leave automatic_optimization at True; the complement step needs no second one"
-            )
-        optimizers = module.trainer.optimizers
-        if len(optimizers) != 1:
-            raise RuntimeError(
-                f"complement objective training needs exactly one optimizer, configure_optimizers of "
-                f"{type(module).__name__} gave {len(optimizers)}"
-            )
-        if isinstance(optimizers[0], LBFGS):
-            raise RuntimeError(
-                "complement objective training does not support LBFGS, which evaluates its loss several "
-                "times per step; use a first-order optimizer such as SGD or Adam"
-            )
-        if module.trainer.strategy.handles_gradient_accumulation:
-            raise RuntimeError(
-                f"complement objective training does not support {type(module.trainer.strategy).__name__}, "
-                "which steps the optimizer itself; use for example DDP"
-            )
-        self._primary = optimizers[0]
-        self._separate = _second_optimizer(self._primary) if self.optimizer == "separate" else None
+        check_trainable(module, shared=self.optimizer == "shared")
+        self._prepare(module)
         self._window.clear()
         self._batch = None
         # When a checkpoint was only read for its weights (load_from_checkpoint, trainer.test) the
@@ -136,11 +153,15 @@ class ComplementObjectiveEngine:
         if module.trainer.ckpt_path is None:
             self._restored = None
 
+    def _prepare(self, module: LightningModule) -> None:
+        self._primary = module.trainer.optimizers[0]
+        self._own = None if self.optimizer == "shared" else second_optimizer(self._primary, self.optimizer)
+
     def batch_started(self, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remembers the micro-batch that is about to be trained on.
 
         Raises:
-            RuntimeError: the primary optimizer stepped on the previous batches and `step` was not called.
+            RuntimeError: the primary optimizer stepped on the previous batches and no complement step followed.
         """
         if batch_idx % module.trainer.accumulate_grad_batches == 0:  # Lightning's own rule for a new window
             if self._window and module.trainer.global_step > self._window_step:
@@ -172,13 +193,39 @@ class ComplementObjectiveEngine:
         self._window_step = module.trainer.global_step
         self._batch = None
 
-    def checked(self, module: LightningModule, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """The primary optimizer's closure, with a check that its last backward pass was reported.
+    def optimizer_step(
+        self,
+        module: LightningModule,
+        logits: LogitsFunction,
+        primary_step: Callable[..., None],
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        closure: Callable[[], Any] | None,
+    ) -> None:
+        """Both steps: `primary_step(epoch, batch_idx, optimizer, closure)`, then the complement's over the window.
+
+        The mean complement loss, without its weight, is logged under `log_name`. There is no complement step
+        before `start_epoch`, between every n-th steps, and where every micro-batch of the window was skipped.
+
+        Args:
+            module: the module in training.
+            logits: `batch -> (logits, targets)`.
+            primary_step: the `optimizer_step` of the module without this engine.
+            epoch, batch_idx, optimizer, closure: as given to the `optimizer_step` hook.
 
         Raises:
-            RuntimeError: when the closure runs, if `backward_finished` was not called for this batch.
+            RuntimeError: a backward pass was not reported with `backward_finished`.
+            ValueError: the objective did not return a scalar.
         """
+        primary_step(epoch, batch_idx, optimizer, None if closure is None else self._checked(module, closure))
+        # The hook runs before global_step counts the primary step.
+        due = (module.trainer.global_step + 1) % self.every_n_steps == 0 and epoch >= self.start_epoch
+        if self._window and due:
+            self._complement_step(module, logits, epoch, batch_idx)
+        self._window.clear()
 
+    def _checked(self, module: LightningModule, closure: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
             loss = closure()  # None when training_step skipped the batch
             if loss is not None and self._batch is not None:
@@ -190,74 +237,58 @@ class ComplementObjectiveEngine:
 
         return run
 
-    def step(self, module: LightningModule, logits: LogitsFunction, epoch: int, batch_idx: int) -> None:
-        """Takes the complement step over the window; logs its mean loss, unweighted, as `train_complement`.
-
-        To be called right after the primary optimizer has stepped. Does nothing when every micro-batch of the
-        window was skipped.
-
-        Args:
-            module: the module in training.
-            logits: `batch -> (logits, targets)`.
-            epoch: as given to the `optimizer_step` hook.
-            batch_idx: as given to the `optimizer_step` hook.
-
-        Raises:
-            RuntimeError: `start` was not called.
-            ValueError: the loss did not return a scalar.
-        """
-        if not self._window:
-            return
-        if self._primary is None or self._primary is not module.trainer.optimizers[0]:
-            raise RuntimeError(
-                f"complement objective training was not started for {type(module).__name__}; an overridden "
-                "on_fit_start must call super().on_fit_start()"
-            )
-        optimizer = self._primary
-        if self._separate is not None:
-            optimizer = self._separate
-            if self._restored is not None:
-                optimizer.load_state_dict(self._restored)
-                self._restored = None
-            _copy_hyperparameters(self._primary, optimizer)
-
-        window, strategy = self._window, module.trainer.strategy
+    def _complement_step(self, module: LightningModule, logits: LogitsFunction, epoch: int, batch_idx: int) -> None:
+        if self._primary is not module.trainer.optimizers[0]:  # the learning rate finder trains before the start
+            self._prepare(module)
+        assert self._primary is not None
+        optimizer = self._own or self._primary
+        if self._own is not None and self._restored is not None:
+            self._own.load_state_dict(self._restored)
+            self._restored = None
+        strategy = module.trainer.strategy
         values: list[Tensor] = []
 
-        def complement_loss(batch: Any) -> Tensor:
-            value = self.loss(*logits(batch))
+        def complement_loss(share: Tensor | float, batch: Any) -> Tensor:
+            value = self.objective(*logits(batch))
             if value.ndim != 0:
-                raise ValueError(f"the complement loss must return a scalar, got shape {tuple(value.shape)}")
-            values.append(value.detach())
-            return value * (self.weight / module.trainer.accumulate_grad_batches)
+                raise ValueError(f"the objective must return a scalar, got shape {tuple(value.shape)}")
+            # The mean over no targets is NaN; its share is 0 and must stay out of the sum.
+            part = value * share if isinstance(share, float) else torch.where(share > 0, value * share, 0)
+            values.append(part.detach())
+            return part * self.weight
 
         def closure() -> Tensor:
             module.optimizer_zero_grad(epoch, batch_idx, optimizer)
-            with torch.enable_grad(), _replaced_training_step(module, complement_loss):
-                for index, batch in enumerate(window):
-                    last = index == len(window) - 1
-                    # As in the primary pass, gradients cross processes once per step.
-                    block_sync = getattr(strategy, "block_backward_sync", contextlib.nullcontext)
-                    with contextlib.nullcontext() if last else block_sync():
-                        strategy.backward(cast(Tensor, strategy.training_step(batch)), optimizer)
-            return torch.stack(values).mean()  # not None, which would tell the scaler to skip the step
+            for left, batch, share in zip(
+                reversed(range(len(self._window))), self._window, target_shares(self._window), strict=True
+            ):
+                # As in the primary pass, gradients cross processes once per step.
+                block_sync = getattr(strategy, "block_backward_sync", contextlib.nullcontext)
+                with (
+                    block_sync() if left else contextlib.nullcontext(),
+                    replaced_training_step(module, partial(complement_loss, share)),
+                ):
+                    strategy.backward(cast(Tensor, strategy.training_step(batch)), optimizer)
+            return torch.stack(values).sum()  # not None, which would tell the scaler to skip the step
 
+        if self.optimizer == "separate":
+            copy_hyperparameters(self._primary, optimizer)
+        frozen = kept_batchnorm_stats(module) if self.freeze_batchnorm_stats else contextlib.nullcontext()
         self._in_complement_pass = True
         try:
-            strategy.optimizer_step(optimizer, closure)
+            with torch.enable_grad(), frozen, scaled_learning_rate(self._primary, optimizer, self.lr_ratio):
+                strategy.optimizer_step(optimizer, closure)
         finally:
             self._in_complement_pass = False
-        value = torch.stack(values).mean()
-        module.log("train_complement", value, on_step=True, on_epoch=False, prog_bar=True)
-        window.clear()
+        module.log(self.log_name, torch.stack(values).sum(), on_step=True, on_epoch=False, prog_bar=True)
 
     def state_dict(self, module: LightningModule) -> dict[str, Any]:
-        """The separate optimizer's state; empty when the optimizer is shared."""
+        """The complement optimizer's state; empty when the optimizer is shared."""
         if self._restored is not None:  # no step since it was loaded
             return self._restored
-        if self._separate is None:
+        if self._own is None:
             return {}
-        return dict(module.trainer.strategy.optimizer_state(self._separate))
+        return dict(module.trainer.strategy.optimizer_state(self._own))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave, when training resumes.
@@ -265,7 +296,7 @@ class ComplementObjectiveEngine:
         An empty `state` (a checkpoint from plain training, or with a shared optimizer) means a fresh one.
         """
         # Strategies restore checkpoints before or after the optimizers exist; the first step is after both.
-        self._restored = state if state and self.optimizer == "separate" else None
+        self._restored = state if state and self.optimizer != "shared" else None
 
 
 class ComplementObjectiveMixin(LightningModule):
@@ -348,12 +379,12 @@ class ComplementObjectiveMixin(LightningModule):
         optimizer: Any,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        engine = self._engine()
-        if engine is not None and optimizer_closure is not None:
-            optimizer_closure = engine.checked(self, optimizer_closure)
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if engine is not None:
-            engine.step(self, self.complement_logits, epoch, batch_idx)
+        if (engine := self._engine()) is None:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+            return
+        engine.optimizer_step(
+            self, self.complement_logits, super().optimizer_step, epoch, batch_idx, optimizer, optimizer_closure
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -368,46 +399,15 @@ class ComplementObjectiveMixin(LightningModule):
             engine.load_state_dict(checkpoint.get(CHECKPOINT_KEY, {}))
 
 
-@contextlib.contextmanager
-def _replaced_training_step(module: LightningModule, function: Callable[[Any], Tensor]) -> Iterator[None]:
-    """Lets `strategy.training_step` run `function` for a moment.
-
-    That method is the public way through the strategy's wrappers (DDP's forward, autocast), and it
-    always calls `module.training_step`. An attribute on the instance may already shadow the class's
-    method (torch.compile puts one there), hence the restore.
-    """
-    attributes = vars(module)
-    had_own, own = "training_step" in attributes, attributes.get("training_step")
-    attributes["training_step"] = function
-    try:
-        yield
-    finally:
-        if had_own:
-            attributes["training_step"] = own
-        else:
-            del attributes["training_step"]
+def _check_positive(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
 
 
-def _second_optimizer(primary: Optimizer) -> Optimizer:
-    """A new optimizer of the primary's class over the same parameter groups, its state empty.
-
-    The groups carry every hyperparameter, so the constructor is only given what it names itself:
-    `defaults` may hold entries that it refuses (AdamW's `decoupled_weight_decay`).
-    """
-    accepted = inspect.signature(type(primary)).parameters
-    arguments = {name: value for name, value in primary.defaults.items() if name in accepted}
-    groups = [{**group, "params": list(group["params"])} for group in primary.param_groups]
-    try:
-        return type(primary)(groups, **arguments)
-    except (TypeError, ValueError) as error:
-        raise RuntimeError(
-            f'optimizer="separate" could not build a second {type(primary).__name__} ({error}); use optimizer="shared"'
-        ) from error
-
-
-def _copy_hyperparameters(primary: Optimizer, separate: Optimizer) -> None:
-    """Copies what schedulers and callbacks may have changed, and groups added since (gradual unfreezing)."""
-    for group in primary.param_groups[len(separate.param_groups) :]:
-        separate.add_param_group({**group, "params": list(group["params"])})
-    for source, copied in zip(primary.param_groups, separate.param_groups, strict=True):
-        copied.update({name: value for name, value in source.items() if name != "params"})
+def _check_count(name: str, value: int, *, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
