@@ -71,7 +71,7 @@ def check_batch(batch: Any) -> None:
         )
 
 
-def target_shares(batches: Sequence[Any]) -> list[Tensor] | list[float]:
+def target_shares(batches: Sequence[Any]) -> Sequence[Tensor | float]:
     """The share of each batch in the valid targets of all; the same for all where targets are not found."""
     if len(batches) == 1:
         return [1.0]
@@ -79,7 +79,7 @@ def target_shares(batches: Sequence[Any]) -> list[Tensor] | list[float]:
     found = [count for count in counts if count is not None]
     if len(found) < len(counts):
         return [1 / len(batches)] * len(batches)
-    return list((torch.stack(found) / torch.stack(found).sum()).unbind())
+    return (torch.stack(found) / torch.stack(found).sum()).unbind()
 
 
 def _count_targets(batch: Any) -> Tensor | None:
