@@ -11,7 +11,7 @@ from torch import Tensor
 from cot_kernels import complement_entropy
 
 from ._lightning import Callback, pl
-from .batches import check_batch, logits_and_targets
+from .batches import HOW_TO_SAY_WHERE, check_batch, logits_and_targets
 from .optimizers import ComplementOptimizer
 from .training import ComplementLoss, ComplementObjectiveEngine, ComplementObjectiveMixin
 
@@ -95,6 +95,11 @@ class ComplementObjectiveTraining(Callback):
             raise RuntimeError(
                 f"{type(pl_module).__name__} takes complement steps by itself (ComplementObjectiveMixin): leave the "
                 "ComplementObjectiveTraining callback out, or let configure_complement_objective return None"
+            )
+        if self.logits is logits_and_targets and type(pl_module).forward is pl.LightningModule.forward:
+            raise RuntimeError(
+                f"{type(pl_module).__name__} has no forward, from which its logits could be had: give it one, or "
+                f"{HOW_TO_SAY_WHERE}"
             )
         self.engine.start(pl_module)
         self._module = pl_module

@@ -10,8 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from integrations.loops import OptimizerFactory, adam
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_integration import ComplementObjectiveEngine, ComplementObjectiveMixin
 
 ROWS, FEATURES, CLASSES, BATCH = 22, 6, 5, 4  # six batches an epoch, the last with two rows
 
@@ -65,6 +70,54 @@ def trainer(pl: ModuleType) -> Callable[..., Any]:
         return pl.Trainer(**{**defaults, **options})
 
     return build
+
+
+@pytest.fixture
+def classifier(pl: ModuleType) -> Callable[..., Any]:
+    """Builds a LightningModule with the mixin around a network."""
+
+    class Classifier(ComplementObjectiveMixin, pl.LightningModule):  # type: ignore[name-defined,misc]
+        def __init__(
+            self,
+            network: nn.Module,
+            optimizer: OptimizerFactory = adam,
+            engine: ComplementObjectiveEngine | None = None,
+            scheduler: Callable[[Optimizer], dict[str, Any]] | None = None,
+        ) -> None:
+            super().__init__()
+            self.network, self.engine = network, engine
+            self.make_optimizer, self.make_scheduler = optimizer, scheduler
+            self.complement_values: list[float] = []
+            self.calls = 0
+
+        def configure_complement_objective(self) -> ComplementObjectiveEngine | None:
+            return self.engine
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            logits: Tensor = self.network(inputs)
+            return logits
+
+        def complement_logits(self, batch: Any) -> tuple[Tensor, Tensor]:
+            return self(batch[0]), batch[1]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.calls += 1
+            loss = F.cross_entropy(self.network(batch[0]), batch[1])
+            self.log("train_loss", loss)
+            return loss
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            metrics = self.trainer.callback_metrics
+            if "train_complement" in metrics:
+                self.complement_values.append(metrics["train_complement"].item())
+
+        def configure_optimizers(self) -> Any:
+            optimizer = self.make_optimizer(self.network.parameters())
+            if self.make_scheduler is None:
+                return optimizer
+            return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
+
+    return Classifier
 
 
 VOCABULARY = [

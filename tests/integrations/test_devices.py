@@ -1,0 +1,154 @@
+"""The two steps in half precision, in several processes, and on a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from integrations.loops import adam, by_norm, largest_gap, sgd, two_step_loop
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from cot_kernels import complement_entropy
+from lightning_integration import ComplementObjectiveEngine
+
+# Lightning's advice about loaders, loggers and step counts has no place in a unit test's output.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+def test_half_precision_with_a_gradient_scaler(
+    pl: ModuleType, classifier: Any, network: Any, rows: tuple[Tensor, Tensor], trainer: Any
+) -> None:
+    batches = [(rows[0][i : i + 4].float(), rows[1][i : i + 4]) for i in range(0, 20, 4)]
+    plugin = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", growth_interval=3))
+    module = classifier(network().float(), sgd, ComplementObjectiveEngine(optimizer="shared"))
+    fit = trainer(plugins=[plugin], gradient_clip_val=0.5)
+    fit.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+
+    expected = network().float()
+    optimizer, scaler = sgd(expected.parameters()), torch.amp.GradScaler("cpu", growth_interval=3)
+    for inputs, targets in batches * 2:
+        for loss in (F.cross_entropy, complement_entropy):
+            with torch.autocast("cpu", torch.float16, cache_enabled=False):
+                value = loss(expected(inputs), targets)
+            optimizer.zero_grad()
+            scaler.scale(value).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(expected.parameters(), 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+    assert plugin.scaler.get_scale() == scaler.get_scale() > 65536
+    assert largest_gap(module.network, expected) < 1e-6
+
+
+DISTRIBUTED = """
+    import sys
+    import torch
+    import torch.nn.functional as F
+    from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+    try:
+        import lightning.pytorch as pl
+    except ModuleNotFoundError:
+        import pytorch_lightning as pl
+    from lightning_integration import ComplementObjectiveEngine, ComplementObjectiveMixin
+
+    class Classifier(ComplementObjectiveMixin, pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(3)
+            layers = torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 5)
+            self.network = torch.nn.Sequential(*layers).double()
+
+        def configure_complement_objective(self):
+            return ComplementObjectiveEngine(optimizer="separate")
+
+        def complement_logits(self, batch):
+            return self.network(batch[0]), batch[1]
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(*self.complement_logits(batch))
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=0.01)
+
+        def train_dataloader(self):
+            data = TensorDataset(*torch.load(sys.argv[1]))
+            sampler = DistributedSampler(data, num_replicas=2, rank=self.global_rank, shuffle=False)
+            return DataLoader(data, batch_size=2, sampler=sampler)
+
+    if __name__ == "__main__":
+        torch.set_num_threads(1)
+        module = Classifier()
+        pl.Trainer(
+            accelerator="cpu", devices=2, strategy="ddp", use_distributed_sampler=False, max_epochs=2,
+            accumulate_grad_batches=2, gradient_clip_val=0.05, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        ).fit(module)
+        if module.global_rank == 0:
+            torch.save(module.network.state_dict(), sys.argv[2])
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_two_processes_equal_one_with_batches_twice_as_large(
+    pl: ModuleType, rows: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    inputs, targets = rows[0][:20], rows[1][:20]
+    torch.save((inputs, targets), tmp_path / "rows.pt")
+    script = tmp_path / "distributed.py"
+    script.write_text(textwrap.dedent(DISTRIBUTED))
+    command = [sys.executable, str(script), str(tmp_path / "rows.pt"), str(tmp_path / "network.pt")]
+    root = Path(__file__).parents[2]
+    result = subprocess.run(command, cwd=root, env=child_environment(root), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+    torch.manual_seed(3)
+    expected = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 5)).double()
+    batches = [(inputs[i : i + 4], targets[i : i + 4]) for i in range(0, 20, 4)]
+    optimizers = [Adam(expected.parameters(), lr=0.01) for _ in range(2)]
+    two_step_loop(expected, batches, *optimizers, accumulate=2, clip=by_norm)
+    for name, value in torch.load(tmp_path / "network.pt").items():
+        torch.testing.assert_close(value, expected.state_dict()[name], rtol=0, atol=1e-8)
+
+
+def child_environment(root: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["shared", "separate"])
+def test_on_a_gpu_equals_a_plain_pytorch_loop(
+    mode: Any, classifier: Any, network: Any, loader: Any, trainer: Any
+) -> None:
+    module = classifier(network(), sgd, ComplementObjectiveEngine(optimizer=mode))
+    trainer(accelerator="gpu", accumulate_grad_batches=4, gradient_clip_val=0.05).fit(module, loader)
+
+    expected = network().cuda()
+    optimizer = sgd(expected.parameters())
+    other = optimizer if mode == "shared" else sgd(expected.parameters())
+    batches = [(inputs.cuda(), targets.cuda()) for inputs, targets in loader]
+    two_step_loop(expected, batches, optimizer, other, accumulate=4, clip=by_norm)
+    assert largest_gap(module.network.cpu(), expected.cpu()) < 1e-8
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+def test_mixed_precision_on_a_gpu_learns(
+    precision: str, classifier: Any, network: Any, rows: tuple[Tensor, Tensor], trainer: Any
+) -> None:
+    data = torch.utils.data.TensorDataset(rows[0].float(), rows[1])
+    module = classifier(network().float(), adam, ComplementObjectiveEngine())
+    fit = trainer(accelerator="gpu", precision=precision, max_epochs=40)
+    fit.fit(module, torch.utils.data.DataLoader(data, batch_size=22))
+    assert fit.callback_metrics["train_loss"] < 0.5
+    assert module.complement_values[-1] < module.complement_values[0]
