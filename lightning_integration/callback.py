@@ -88,7 +88,8 @@ class ComplementObjectiveTraining(Callback):
         self._module: pl.LightningModule | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_module": None}
+        # While it trains, the Trainer puts its module's log methods here too.
+        return {"logits": self.logits, "engine": self.engine, "_module": None}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if isinstance(pl_module, ComplementObjectiveMixin) and pl_module.configure_complement_objective() is not None:
