@@ -34,11 +34,12 @@ def check_trainable(module: LightningModule, *, shared: bool) -> None:
             f"training_step of {name} takes dataloader_iter, so its batches cannot be kept for the complement "
             "step: let it take (batch, batch_idx)"
         )
-    optimizers = module.trainer.optimizers
+    # Without optimizers Lightning puts one in their place that has no parameters.
+    optimizers = [optimizer for optimizer in module.trainer.optimizers if optimizer.param_groups]
     if len(optimizers) != 1:
         raise RuntimeError(
             f"complement objective training needs exactly one optimizer, configure_optimizers of {name} gave "
-            f"{len(optimizers)}: put all parameters into one, as groups where they differ"
+            f"{len(optimizers)}: let it return one over all parameters, in groups where they differ"
         )
     if isinstance(optimizers[0], LBFGS):
         raise RuntimeError(

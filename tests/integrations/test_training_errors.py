@@ -10,7 +10,12 @@ import torch
 from integrations.loops import adam
 from torch.optim import SGD
 
-from lightning_integration import ComplementObjectiveEngine, ComplementObjectiveMixin
+from lightning_integration import (
+    ComplementObjectiveEngine,
+    ComplementObjectiveMixin,
+    ComplementObjectiveTraining,
+    logits_and_targets,
+)
 
 # Lightning's advice about loaders, loggers and step counts has no place in a unit test's output.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -30,47 +35,166 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
         ({"start_epoch": -1}, ValueError, "start_epoch must be at least 0, got -1"),
     ],
 )
-def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+@pytest.mark.parametrize("cls", [ComplementObjectiveEngine, ComplementObjectiveTraining])
+def test_bad_arguments(cls: Any, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        ComplementObjectiveEngine(**arguments)
+        cls(**arguments)
 
 
-def test_manual_optimization_is_refused(classifier: Any, network: Any, loader: Any, trainer: Any) -> None:
-    module = classifier(network(), engine=ComplementObjectiveEngine())
-    module.automatic_optimization = False
-    with pytest.raises(RuntimeError, match="uses manual optimization"):
-        trainer().fit(module, loader)
-    assert module.calls == 0
+def test_bad_logits_function() -> None:
+    with pytest.raises(TypeError, match="logits must be a callable .*got str"):
+        ComplementObjectiveTraining(logits="model.logits")  # type: ignore[arg-type]
 
 
-def test_several_optimizers_are_refused(classifier: Any, network: Any, loader: Any, trainer: Any) -> None:
+@pytest.fixture(params=["mixin", "callback"])
+def refused(request: pytest.FixtureRequest, classifier: Any, network: Any, loader: Any, trainer: Any) -> Any:
+    """Trains a module with COT in one of the two ways, which must raise before the first step."""
+
+    def fit(message: str, cls: Any = classifier, optimizer: Any = adam, prepare: Any = None, **knobs: Any) -> None:
+        mixin = request.param == "mixin"
+        module = cls(network(), optimizer, ComplementObjectiveEngine(**knobs) if mixin else None)
+        before = {name: value.clone() for name, value in module.state_dict().items()}
+        run = trainer(callbacks=[] if mixin else [ComplementObjectiveTraining(**knobs)])
+        if prepare is not None:
+            prepare(module, run)
+        with pytest.raises(RuntimeError, match=message):
+            run.fit(module, loader)
+        assert module.calls == 0
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, before[name])
+
+    return fit
+
+
+def test_manual_optimization_is_refused(refused: Any) -> None:
+    def manual(module: Any, run: Any) -> None:
+        module.automatic_optimization = False
+
+    refused("uses manual optimization .*leave automatic_optimization at True", prepare=manual)
+
+
+def test_several_optimizers_are_refused(refused: Any, classifier: Any) -> None:
     class Several(classifier):  # type: ignore[misc]
         def configure_optimizers(self) -> Any:
             return [adam(self.parameters()), adam(self.parameters())]
 
-    module = Several(network(), engine=ComplementObjectiveEngine())
-    with pytest.raises(RuntimeError, match="multiple optimizers"):  # Lightning's own check comes first
-        trainer().fit(module, loader)
-    assert module.calls == 0
+    refused("multiple optimizers", Several)  # Lightning's own check comes first
 
 
-def test_lbfgs_is_refused(classifier: Any, network: Any, loader: Any, trainer: Any) -> None:
-    module = classifier(network(), torch.optim.LBFGS, ComplementObjectiveEngine())
-    with pytest.raises(RuntimeError, match="does not support LBFGS"):
-        trainer().fit(module, loader)
-    assert module.calls == 0
+def test_no_optimizer_is_refused(refused: Any, classifier: Any) -> None:
+    class Without(classifier):  # type: ignore[misc]
+        def configure_optimizers(self) -> Any:
+            return None
+
+    refused("needs exactly one optimizer, configure_optimizers of Without gave 0", Without)
 
 
-def test_an_optimizer_that_cannot_be_rebuilt_is_refused(
-    classifier: Any, network: Any, loader: Any, trainer: Any
-) -> None:
+def test_lbfgs_is_refused(refused: Any) -> None:
+    refused("does not support LBFGS.*use a first-order optimizer", optimizer=torch.optim.LBFGS)
+
+
+def test_dataloader_iter_is_refused(refused: Any, classifier: Any) -> None:
+    class Iterating(classifier):  # type: ignore[misc]
+        def training_step(self, dataloader_iter: Any) -> Any:
+            return super().training_step(next(dataloader_iter)[0], 0)
+
+    refused(r"takes dataloader_iter.*let it take \(batch, batch_idx\)", Iterating)
+
+
+def test_strategies_that_step_by_themselves_are_refused(refused: Any) -> None:
+    def deepspeed(module: Any, run: Any) -> None:
+        run.strategy.__class__ = type(
+            "DeepSpeedStrategy", (type(run.strategy),), {"handles_gradient_accumulation": True}
+        )
+
+    refused("does not support DeepSpeedStrategy.*use for example DDP", prepare=deepspeed)
+
+
+def test_fsdp_needs_the_shared_optimizer(refused: Any) -> None:
+    def fsdp(module: Any, run: Any) -> None:
+        run.strategy.__class__ = type("FSDPStrategy", (type(run.strategy),), {})
+
+    refused('use optimizer="shared"', prepare=fsdp)
+
+
+def test_an_optimizer_that_cannot_be_rebuilt_is_refused(refused: Any) -> None:
     class Special(SGD):
         def __init__(self, params: Any, schedule: list[float]) -> None:
             super().__init__(params, lr=schedule[0])
 
-    module = classifier(network(), lambda p: Special(p, [0.1]), ComplementObjectiveEngine(optimizer="separate"))
-    with pytest.raises(RuntimeError, match=r"could not build a second Special .*schedule"):
-        trainer().fit(module, loader)
+    refused(
+        r"could not build a second Special .*schedule.*use optimizer=\"shared\"",
+        optimizer=lambda parameters: Special(parameters, [0.1]),
+    )
+
+
+def test_a_function_that_makes_no_optimizer_is_refused(
+    classifier: Any, network: Any, loader: Any, trainer: Any
+) -> None:
+    cot = ComplementObjectiveTraining(optimizer=lambda parameters: None)  # type: ignore[arg-type,return-value]
+    with pytest.raises(TypeError, match=r"optimizer must return a torch\.optim\.Optimizer.*got NoneType"):
+        trainer(callbacks=[cot]).fit(classifier(network()), loader)
+
+
+def test_a_module_without_forward_is_refused(pl: ModuleType, trainer: Any, loader: Any) -> None:
+    class Headless(pl.LightningModule):  # type: ignore[name-defined,misc]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            raise AssertionError
+
+        def configure_optimizers(self) -> Any:
+            return SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+
+    with pytest.raises(RuntimeError, match=r"Headless has no forward.*pass logits=function"):
+        trainer(callbacks=[ComplementObjectiveTraining()]).fit(Headless(), loader)
+
+
+def test_two_ways_at_once_are_refused(classifier: Any, network: Any, loader: Any, trainer: Any) -> None:
+    module = classifier(network(), adam, ComplementObjectiveEngine())
+    with pytest.raises(RuntimeError, match="takes complement steps by itself"):
+        trainer(callbacks=[ComplementObjectiveTraining()]).fit(module, loader)
+    assert module.calls == 0
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"x": torch.zeros(2, 6), "y": torch.zeros(2)}, r"got a dict with keys \['x', 'y'\]: pass logits=function"),
+        ((torch.zeros(2, 6),) * 3, "got a list of 3: Tensor, Tensor, Tensor"),
+        (torch.zeros(2, 6), r"got a Tensor of shape \(2, 6\)"),
+    ],
+)
+def test_batches_without_logits_and_targets_are_refused_before_the_first_step(
+    batch: Any, message: str, classifier: Any, network: Any, trainer: Any
+) -> None:
+    module = classifier(network(), adam, None)
+    loader = torch.utils.data.DataLoader([batch if isinstance(batch, (dict, torch.Tensor)) else list(batch)], None)
+    with pytest.raises(TypeError, match=message):
+        trainer(callbacks=[ComplementObjectiveTraining()]).fit(module, loader)
+    assert module.calls == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "batch", "error", "message"),
+    [
+        (lambda x: None, (1, torch.zeros(2)), TypeError, "calling the module must give logits.*got a NoneType"),
+        (lambda x: x[:, 0], (torch.zeros(2, 5), torch.zeros(2)), TypeError, r"got a Tensor of shape \(2,\)"),
+        (
+            lambda x: x,
+            (torch.zeros(2, 5), torch.zeros(2, 1)),
+            ValueError,
+            r"\(2, 1\) do not fit logits.*ask for \(2,\)",
+        ),
+        (
+            lambda ids: {"logits": ids},
+            {"ids": torch.zeros(2, 3, 5), "labels": torch.zeros(2)},
+            ValueError,
+            r'"labels" of shape \(2,\) do not fit logits of shape \(2, 3, 5\), which ask for \(2, 3\)',
+        ),
+    ],
+)
+def test_outputs_without_logits_are_refused(module: Any, batch: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        logits_and_targets(module, batch)
 
 
 def test_complement_logits_must_be_overridden(
