@@ -96,8 +96,9 @@ DISTRIBUTED = """
     if __name__ == "__main__":
         way, options = sys.argv[1], eval(sys.argv[2])
         torch.set_num_threads(1)
+        strategy = pl.strategies.DDPStrategy(process_group_backend="gloo", **options)
         pl.Trainer(
-            accelerator="cpu", devices=2, strategy=pl.strategies.DDPStrategy(process_group_backend="gloo", **options),
+            accelerator="cpu", devices=2, strategy=strategy,
             callbacks=[] if way == "mixin" else [ComplementObjectiveTraining()],
             use_distributed_sampler=False, max_epochs=2, accumulate_grad_batches=int(sys.argv[3]), gradient_clip_val=0.05,
             logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,

@@ -42,7 +42,7 @@ def test_bad_arguments(cls: Any, arguments: dict[str, Any], error: type[Exceptio
 
 
 def test_bad_logits_function() -> None:
-    with pytest.raises(TypeError, match="logits must be a callable .*got str"):
+    with pytest.raises(TypeError, match=r"logits must be a callable .*got str"):
         ComplementObjectiveTraining(logits="model.logits")  # type: ignore[arg-type]
 
 
