@@ -101,7 +101,8 @@ DISTRIBUTED = """
             accelerator="cpu", devices=2, strategy=strategy,
             callbacks=[] if way == "mixin" else [ComplementObjectiveTraining()],
             use_distributed_sampler=False, max_epochs=2, accumulate_grad_batches=int(sys.argv[3]),
-            gradient_clip_val=0.05, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            gradient_clip_val=0.05, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False,
         ).fit((Mixed if way == "mixin" else Plain)("find_unused_parameters" in options))
 """
 

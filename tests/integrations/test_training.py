@@ -65,7 +65,7 @@ SETTINGS = {
     "accumulation": Setting(accumulate=4),  # windows of four and, at the end of the epoch, two batches
     "schedule": Setting(sgd, schedule=True),
     "weight": Setting(sgd, knobs={"weight": 3.0}),
-    "lr_ratio": Setting(adam, knobs={"lr_ratio": 0.3}, schedule=True),
+    "lr_ratio": Setting(adam, knobs={"lr_ratio": 0.3}),  # no scheduler sets the primary's rate anew
     "every_n_steps": Setting(adam, knobs={"every_n_steps": 4}, due=lambda epoch, step: step % 4 == 0),
     "start_epoch": Setting(adam, knobs={"start_epoch": 1}, due=lambda epoch, step: epoch >= 1),
     "everything": Setting(
