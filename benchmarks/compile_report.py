@@ -121,7 +121,11 @@ def tile_of(variant: Variant) -> tuple[Layout, launch.Tile]:
     itemsize = DTYPES[variant.dtype]
     rows_aligned = layout.aligned and (layout.num_classes * itemsize) % 16 == 0
     tile = launch.choose_tile(
-        layout.num_classes, itemsize, layout.class_stride, rows_aligned=rows_aligned, head_aligned=layout.aligned
+        layout.num_classes,
+        itemsize,
+        classes_adjoin=layout.class_stride == 1,
+        rows_aligned=rows_aligned,
+        head_aligned=layout.aligned,
     )
     return layout, tile
 

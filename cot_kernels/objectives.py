@@ -55,13 +55,14 @@ class ComplementEntropyObjective:
             slope = torch.full_like(negentropy, self.scale)
             return RowValues(negentropy * self.scale, torch.zeros_like(negentropy), slope)
         miss = torch.sigmoid(log_odds)  # 1 - p
-        guarded = miss + self.eps
+        eps = max(self.eps, torch.finfo(miss.dtype).tiny)  # a smaller one would leave 0 / 0 where miss underflows
+        guarded = miss + eps
         u = miss / guarded
         d_negentropy = u * self.scale
         # xlogy(u, u) is 0, not NaN, where 1 - p underflows.
         loss = torch.special.xlogy(d_negentropy, u).addcmul_(d_negentropy, negentropy)
         d_log_odds = loss + d_negentropy
-        d_log_odds = d_log_odds.addcmul_(d_log_odds, miss, value=-1).div_(guarded).mul_(self.eps)
+        d_log_odds = d_log_odds.addcmul_(d_log_odds, miss, value=-1).div_(guarded).mul_(eps)
         return RowValues(loss, d_log_odds, d_negentropy)
 
 

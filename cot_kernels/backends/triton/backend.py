@@ -6,8 +6,10 @@ were split), the reduction, and, in the backward pass, the gradient. Nothing her
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 import torch
@@ -32,6 +34,11 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+def _on_device_of(logits: Tensor) -> AbstractContextManager[object]:
+    """Kernels start on the current device, which need not be the one that holds the logits."""
+    return torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext()
+
+
 def _accumulation_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
@@ -53,11 +60,10 @@ def _tile(*tensors: Tensor) -> launch.Tile:
     alike = all(each.stride() == logits.stride() for each in tensors)
     per_access = 16 // itemsize
     rows_aligned = on_boundary and alike and stride_n % per_access == 0 and stride_d == 0
-    class_stride = max(_strides(each)[2] for each in tensors)
     return launch.choose_tile(
         num_classes,
         itemsize,
-        class_stride,
+        classes_adjoin=all(_strides(each)[2] == 1 for each in tensors),
         rows_aligned=rows_aligned,
         head_aligned=len(tensors) == 1 or (on_boundary and alike),
     )
@@ -89,7 +95,7 @@ def _forward(
         return values, target, state
     parts = torch.empty((3, num_rows, splits), dtype=dtype, device=device) if splits > 1 else state
     common = (
-        logits, target, parts, state, values, values, num_rows, num_classes, *_strides(logits),
+        logits, target, parts, state, values, num_rows, num_classes, *_strides(logits),
         ignore_index, *parameters, splits,
     )  # fmt: skip
     programs = num_rows * splits if splits > 1 else blocks
@@ -120,13 +126,14 @@ def loss(
         logits: (N, K) or (N, K, D), any strides.
         target: (N) or (N, D), integers.
     """
-    values, flat_target, state = _forward(logits, target, ignore_index, objective, reduction != "none")
-    if reduction == "none":
-        return values, (flat_target, state, None)
-    result, factor = values.new_empty(()), values.new_empty(())
-    reduce_kernel[(1,)](
-        values, result, factor, values.shape[1], MEAN=reduction == "mean", BLOCK=_REDUCE_BLOCK, num_warps=4
-    )
+    with _on_device_of(logits):
+        values, flat_target, state = _forward(logits, target, ignore_index, objective, reduction != "none")
+        if reduction == "none":
+            return values, (flat_target, state, None)
+        result, factor = values.new_empty(()), values.new_empty(())
+        reduce_kernel[(1,)](
+            values, result, factor, values.shape[1], MEAN=reduction == "mean", BLOCK=_REDUCE_BLOCK, num_warps=4
+        )
     return result, (flat_target, state, factor if reduction == "mean" else None)
 
 
@@ -142,22 +149,24 @@ def gradient(logits: Tensor, saved: Saved, upstream: Tensor) -> Tensor:
     tile = _tile(logits, grad)
     tiles = triton.cdiv(num_classes + (tile.align - 1 if tile.rows == 1 else 0), tile.block)
     inner, *strides = _strides(logits)
-    gradient_kernel[(triton.cdiv(num_rows, tile.rows) * tiles,)](
-        logits, target, state, upstream, upstream if factor is None else factor, grad,
-        num_rows, num_classes, inner, *strides, *_strides(grad)[1:],
-        upstream.stride(0) if upstream.numel() == num_rows and num_rows > 1 else 0, tiles,
-        HAS_FACTOR=factor is not None,
-        ROWS=tile.rows,
-        BLOCK=tile.block,
-        ALIGN=tile.align,
-        num_warps=tile.warps,
-    )  # fmt: skip
+    with _on_device_of(logits):
+        gradient_kernel[(triton.cdiv(num_rows, tile.rows) * tiles,)](
+            logits, target, state, upstream, upstream if factor is None else factor, grad,
+            num_rows, num_classes, inner, *strides, *_strides(grad)[1:],
+            upstream.stride(0) if upstream.numel() == num_rows and num_rows > 1 else 0, tiles,
+            HAS_FACTOR=factor is not None,
+            ROWS=tile.rows,
+            BLOCK=tile.block,
+            ALIGN=tile.align,
+            num_warps=tile.warps,
+        )  # fmt: skip
     return grad
 
 
 def statistics(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Saved]:
     """target_logit, complement_lse and negentropy, (rows) each (zero where ignored), and the saved rows."""
-    values, flat_target, state = _forward(logits, target, ignore_index, None, False)
+    with _on_device_of(logits):
+        values, flat_target, state = _forward(logits, target, ignore_index, None, False)
     target_logit, complement_lse, negentropy = (value.clone() for value in values.unbind())
     return target_logit, complement_lse, negentropy, (flat_target, state, values)
 

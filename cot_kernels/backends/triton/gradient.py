@@ -48,6 +48,7 @@ def gradient_kernel(
     """The gradient of ROWS rows of one tile of BLOCK classes."""
     program = tl.program_id(0).to(tl.int64)
     block = program // tiles
+    num_rows = tl.cast(num_rows, tl.int64)  # 5 N entries of state pass 2^31
     tile = (program - block * tiles).to(tl.int32)
     dtype: tl.constexpr = state_pointer.dtype.element_ty
     out_dtype: tl.constexpr = grad_pointer.dtype.element_ty

@@ -34,18 +34,20 @@ def next_power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def choose_tile(num_classes: int, itemsize: int, class_stride: int, *, rows_aligned: bool, head_aligned: bool) -> Tile:
+def choose_tile(
+    num_classes: int, itemsize: int, *, classes_adjoin: bool, rows_aligned: bool, head_aligned: bool
+) -> Tile:
     """The tile for rows of ``num_classes`` logits of ``itemsize`` bytes.
 
     Args:
-        class_stride: distance of neighbouring classes in memory.
+        classes_adjoin: neighbouring classes are neighbours in memory, in all tensors involved.
         rows_aligned: every row begins on a 16-byte boundary.
         head_aligned: no row does for certain, but the rows of all tensors involved begin equally far from one.
     """
     vec = 16 // itemsize
     # Logits a thread holds: 16, and half as many in float64, so that no variant runs out of registers.
     wide = 2 if itemsize > 4 else 1
-    if class_stride != 1:
+    if not classes_adjoin:
         # Neighbours in memory are rows: 128 of them side by side, each folded by one thread.
         return Tile(rows=128, lanes=1, vec=16 // wide, align=1, warps=4)
     if num_classes <= SHORT_ROW:

@@ -32,23 +32,27 @@ from cot_kernels.backends.triton.tiles import (
 
 
 @triton.jit
-def merge(maximum, total, moment, axis: tl.constexpr):
-    """Merges the running statistics along an axis; ``maximum`` in logits, the moment in units of log2."""
-    merged = tl.max(maximum, axis)
-    gap = maximum * LOG2E - tl.expand_dims(merged * LOG2E, axis)
+def merge(shift, total, moment, axis: tl.constexpr):
+    """Merges the running statistics along an axis."""
+    merged = tl.max(shift, axis)
+    gap = shift - tl.expand_dims(merged, axis)
     weight = tl.exp2(gap)
     return merged, tl.sum(total * weight, axis), tl.sum(weight * (moment + gap * total), axis)
 
 
 @triton.jit
-def fold(z, maximum, total, moment):
-    """Folds a tile z [ROWS, LANES, VEC] into the running statistics [ROWS, LANES]."""
-    raised = tl.maximum(maximum, tl.max(z, 2))
-    shift = raised * LOG2E
+def fold(z, shift, total, moment):
+    """Folds a tile z [ROWS, LANES, VEC] into the running statistics [ROWS, LANES].
+
+    What is carried is the shift m log2 e as it was rounded, and not m: the compiler would contract m log2 e - shift to
+    one multiply-add, whose product is not rounded. The gap of equal maxima would be that rounding instead of 0, once
+    a tile, and of lanes that are still at the floor 6e21, with 0 * inf behind it.
+    """
+    raised = tl.maximum(shift, tl.max(z, 2) * LOG2E)
     # The clamp keeps 0 * -inf out of the moment, and lets a NaN logit through.
-    y = tl.maximum(z * LOG2E - shift[:, :, None], FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    y = tl.maximum(z * LOG2E - raised[:, :, None], FLOOR, propagate_nan=tl.PropagateNan.ALL)
     weight = tl.exp2(y)
-    gap = maximum * LOG2E - shift
+    gap = shift - raised
     rescale = tl.exp2(gap)
     moment = rescale * (moment + gap * total) + tl.sum(weight * y, 2)
     return raised, rescale * total + tl.sum(weight, 2), moment
@@ -60,8 +64,7 @@ def statistics_kernel(
     target_pointer,
     parts_pointer,  # [3, N, splits] running statistics
     state_pointer,
-    loss_pointer,
-    partials_pointer,
+    values_pointer,  # row losses; where it reduces, [2, blocks] their sums and the rows counted; or the statistics
     num_rows,
     num_classes,
     inner,
@@ -85,13 +88,14 @@ def statistics_kernel(
     BLOCK: tl.constexpr = LANES * VEC
     program = tl.program_id(0).to(tl.int64)
     block = program // splits if SPLIT else program
+    num_rows = tl.cast(num_rows, tl.int64)  # 5 N entries of state pass 2^31
     split = (program - block * splits).to(tl.int32) if SPLIT else 0
 
     rows = block * ROWS + tl.arange(0, ROWS)
     target, wanted, stray = load_targets(target_pointer, rows, num_rows, num_classes, ignore_index)
 
     dtype: tl.constexpr = tl.float64 if logits_pointer.dtype.element_ty == tl.float64 else tl.float32
-    maximum = tl.full([ROWS, LANES], FLOOR, dtype)
+    shift = tl.full([ROWS, LANES], FLOOR, dtype)
     total = tl.zeros([ROWS, LANES], dtype)
     moment = tl.zeros([ROWS, LANES], dtype)
     columns = tl.arange(0, BLOCK)
@@ -116,7 +120,7 @@ def statistics_kernel(
                 classes = start + columns
                 kept = (classes >= 0) & (classes < num_classes) & (classes != one_target)
                 z = tl.load(pointers, mask=kept, other=-float("inf")).to(dtype)
-            maximum, total, moment = fold(tl.reshape(z, [ROWS, LANES, VEC]), maximum, total, moment)
+            shift, total, moment = fold(tl.reshape(z, [ROWS, LANES, VEC]), shift, total, moment)
     else:
         bound = hint(num_classes, ALIGN)
         base = row_pointers(logits_pointer, rows, inner, hint(stride_n, ALIGN), stride_d)
@@ -125,12 +129,12 @@ def statistics_kernel(
             pointers = base[:, None] + classes[None, :].to(tl.int64) * stride_k
             z = tl.load(pointers, mask=wanted[:, None] & (classes < bound)[None, :], other=-float("inf"))
             z = tl.where(classes[None, :] == target[:, None], -float("inf"), z.to(dtype))
-            maximum, total, moment = fold(tl.reshape(z, [ROWS, LANES, VEC]), maximum, total, moment)
+            shift, total, moment = fold(tl.reshape(z, [ROWS, LANES, VEC]), shift, total, moment)
 
-    maximum, total, moment = merge(maximum, total, moment, 1)
+    shift, total, moment = merge(shift, total, moment, 1)
     if SPLIT:
         place = parts_pointer + rows * splits + split
-        tl.store(place, maximum)
+        tl.store(place, shift)
         tl.store(place + num_rows * splits, total)
         tl.store(place + 2 * num_rows * splits, moment)
     else:
@@ -138,8 +142,8 @@ def statistics_kernel(
             logits_pointer, rows, target, wanted, inner, stride_n, stride_k, stride_d, dtype
         )
         finish(
-            rows, num_rows, wanted, stray, target_logit, maximum, total, moment,
-            state_pointer, loss_pointer, partials_pointer, block, tl.num_programs(0),
+            rows, num_rows, wanted, stray, target_logit, shift, total, moment,
+            state_pointer, values_pointer, block, tl.num_programs(0),
             scale, parameter, exponent, OBJECTIVE, REDUCES,
         )  # fmt: skip
 
@@ -150,8 +154,7 @@ def merge_kernel(
     target_pointer,
     parts_pointer,
     state_pointer,
-    loss_pointer,
-    partials_pointer,
+    values_pointer,  # row losses; where it reduces, [2, blocks] their sums and the rows counted; or the statistics
     num_rows,
     num_classes,
     inner,
@@ -170,6 +173,7 @@ def merge_kernel(
 ):
     """Merges the splits of ROWS rows and finishes them."""
     block = tl.program_id(0).to(tl.int64)
+    num_rows = tl.cast(num_rows, tl.int64)
     rows = block * ROWS + tl.arange(0, ROWS)
     target, wanted, stray = load_targets(target_pointer, rows, num_rows, num_classes, ignore_index)
     dtype: tl.constexpr = tl.float64 if logits_pointer.dtype.element_ty == tl.float64 else tl.float32
@@ -177,15 +181,15 @@ def merge_kernel(
     order = tl.arange(0, SPLITS)
     mask = (rows < num_rows)[:, None] & (order < splits)[None, :]
     place = parts_pointer + rows[:, None] * splits + order[None, :]
-    maximum = tl.load(place, mask=mask, other=FLOOR)
+    shift = tl.load(place, mask=mask, other=FLOOR)
     total = tl.load(place + num_rows * splits, mask=mask, other=0.0)
     moment = tl.load(place + 2 * num_rows * splits, mask=mask, other=0.0)
-    maximum, total, moment = merge(maximum, total, moment, 1)
+    shift, total, moment = merge(shift, total, moment, 1)
 
     target_logit = load_target_logits(logits_pointer, rows, target, wanted, inner, stride_n, stride_k, stride_d, dtype)
     finish(
-        rows, num_rows, wanted, stray, target_logit, maximum, total, moment,
-        state_pointer, loss_pointer, partials_pointer, block, tl.num_programs(0),
+        rows, num_rows, wanted, stray, target_logit, shift, total, moment,
+        state_pointer, values_pointer, block, tl.num_programs(0),
         scale, parameter, exponent, OBJECTIVE, REDUCES,
     )  # fmt: skip
 
@@ -197,12 +201,11 @@ def finish(
     wanted,
     stray,
     target_logit,
-    maximum,
+    shift,
     total,
     moment,
     state_pointer,
-    loss_pointer,
-    partials_pointer,
+    values_pointer,
     block,
     blocks,
     scale,
@@ -219,8 +222,7 @@ def finish(
     """
     inside = rows < num_rows
     # No other class above the floor: S is an empty sum, and L = -inf. (A NaN total is no empty one.)
-    empty = (maximum <= FLOOR) & (total == total)
-    shift = maximum * LOG2E
+    empty = (shift <= FLOOR) & (total == total)
     log_total = tl.log2(tl.where(empty, 1.0, total))
     negentropy = tl.where(empty, 0.0, (moment / total - log_total) * LN2)
     log_odds = (log_total - (target_logit * LOG2E - shift)) * LN2
@@ -231,10 +233,10 @@ def finish(
     nan = float("nan")
     if OBJECTIVE is None:
         lse = tl.where(empty, -float("inf"), (shift + log_total) * LN2)
-        tl.store(loss_pointer + rows, tl.where(stray, nan, tl.where(wanted, target_logit, 0.0)), mask=inside)
-        tl.store(loss_pointer + num_rows + rows, tl.where(stray, nan, tl.where(wanted, lse, 0.0)), mask=inside)
+        tl.store(values_pointer + rows, tl.where(stray, nan, tl.where(wanted, target_logit, 0.0)), mask=inside)
+        tl.store(values_pointer + num_rows + rows, tl.where(stray, nan, tl.where(wanted, lse, 0.0)), mask=inside)
         kept = tl.where(stray, nan, tl.where(wanted, negentropy, 0.0))
-        tl.store(loss_pointer + 2 * num_rows + rows, kept, mask=inside)
+        tl.store(values_pointer + 2 * num_rows + rows, kept, mask=inside)
     else:
         # tl.full, for it takes a float64 argument as well as the Python float of the interpreter without rounding.
         loss, d_log_odds, d_negentropy = OBJECTIVE(
@@ -250,10 +252,10 @@ def finish(
         tl.store(state + 3 * num_rows, offset, mask=inside)
         tl.store(state + 4 * num_rows, -d_log_odds, mask=inside)
         if REDUCES:
-            tl.store(partials_pointer + block, tl.sum(loss, 0))
-            tl.store(partials_pointer + blocks + block, tl.sum(tl.where(wanted, 1.0, 0.0), 0))
+            tl.store(values_pointer + block, tl.sum(loss, 0))
+            tl.store(values_pointer + blocks + block, tl.sum(tl.where(wanted, 1.0, 0.0), 0))
         else:
-            tl.store(loss_pointer + rows, loss, mask=inside)
+            tl.store(values_pointer + rows, loss, mask=inside)
 
 
 @triton.jit
