@@ -85,6 +85,8 @@ class Report:
     spill_bytes: int | None
     global_loads: dict[str, int]
     global_stores: dict[str, int]
+    gap_operations: list[str] | None  # floating-point operations of the lines that subtract one shift from another
+    narrow_offsets: int  # products of the number of rows in 32 bits
 
 
 def variants() -> Iterator[Variant]:
@@ -213,17 +215,31 @@ def _gcn_accesses(assembly: str, kind: str) -> dict[str, int]:
     return widths
 
 
+def _gap_operations(ptx: str) -> list[str]:
+    """The operations that PTX attributes to the lines `gap = ...`, where a product must not be contracted into them."""
+    lines = Path(statistics.__file__).read_text().splitlines()
+    gaps = {number for number, line in enumerate(lines, 1) if line.strip().startswith("gap = ")}
+    found, at = set(), 0
+    for line in ptx.splitlines():
+        if location := re.match(r"\s*\.loc\s+\d+\s+(\d+)", line):
+            at = int(location[1])
+        elif at in gaps and (operation := re.match(r"\s*(fma|add|sub|mul|neg)\.\S*f(?:32|64)\b", line)):
+            found.add(operation[1])
+    return sorted(found)
+
+
 def report_on(variant: Variant) -> Report:
     source, options = source_of(variant)
     promised = variant.kernel in ("statistics", "gradient") and tile_of(variant)[1].align > 1
     compiled = triton.compile(source, target=TARGETS[variant.target], options=options)
+    narrow_offsets = len(re.findall(r"arith\.muli %num_rows[^:]*: i32", compiled.asm["ttir"]))
     if variant.target.startswith("gfx"):
         assembly = compiled.asm["amdgcn"]
         found = {key: re.search(rf"\.{key}:\s*(\d+)", assembly) for key in ("vgpr_count", "private_segment_fixed_size")}
         spills = sum(int(count) for count in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", assembly))
         registers, stack = (int(match[1]) if match else None for match in found.values())
         loads, stores = (_gcn_accesses(assembly, kind) for kind in ("load", "store"))
-        return Report(variant, promised, registers, stack, spills, loads, stores)
+        return Report(variant, promised, registers, stack, spills, loads, stores, None, narrow_offsets)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -241,6 +257,8 @@ def report_on(variant: Variant) -> Report:
         resources["LOCAL"] + 4 * local,
         _accesses(sass, "LDG"),
         _accesses(sass, "STG"),
+        _gap_operations(compiled.asm["ptx"]),
+        narrow_offsets,
     )
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -161,15 +162,15 @@ def complement_cross_entropy(
     """
     num_classes = _check(input, target, ignore_index, reduction)
     _check_finite("gamma", gamma)
-    objective = CrossEntropyObjective(1.0, -gamma * _scale(normalization, num_classes))
+    objective = CrossEntropyObjective(1.0, -float(gamma) * _scale(normalization, num_classes))
     return _row_loss(input, target, ignore_index, objective, reduction)
 
 
 def cross_entropy(input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
     r"""Cross-entropy with class indices, ``-ln p_g = softplus(L - z_g)``.
 
-    Equal to :func:`torch.nn.functional.cross_entropy`, and accurate where that rounds to 0: nothing cancels as
-    ``p_g -> 1``.
+    For finite logits equal to :func:`torch.nn.functional.cross_entropy`, and accurate where that rounds to 0: nothing
+    cancels as ``p_g -> 1``.
 
     Args:
         input: logits, (K), (N, K) or (N, K, d1, ...), K >= 2.
@@ -257,6 +258,9 @@ def _check(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> 
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
     if input.dtype not in _FLOATS:
         raise TypeError(f"input must be float32, bfloat16, float16 or float64 logits, got {input.dtype}")
+    if input.layout is not torch.strided or target.layout is not torch.strided:
+        name, layout = ("input", input.layout) if input.layout is not torch.strided else ("target", target.layout)
+        raise TypeError(f"{name} must be a dense tensor, got layout {layout}: convert it with to_dense()")
     if target.dtype not in _INTEGERS:
         hint = "; class probabilities are not supported: pass class indices" if target.is_floating_point() else ""
         raise TypeError(f"target must hold integer class indices, got {target.dtype}{hint}")
@@ -278,13 +282,15 @@ def _check(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> 
         raise ValueError(f"input and target must be on one device, got {input.device} and {target.device}")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
-    if not isinstance(ignore_index, int):
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")
     return num_classes
 
 
 def _check_finite(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")

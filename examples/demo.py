@@ -107,7 +107,7 @@ def methods(settings: Settings) -> tuple[Method, ...]:
             "two-step CE",
             "the control for COT: per batch two steps on cross-entropy",
             2,
-            {"use_cot": True, "complement_loss": F.cross_entropy},
+            {"use_cot": True, "objective": F.cross_entropy},
         ),
     )
 

@@ -38,8 +38,8 @@ class CotBert(ComplementObjectiveMixin, pl.LightningModule):
 
     Batches are mappings as Hugging Face collators make them: "labels" of shape (N), and whatever the encoder
     takes ("input_ids" and "attention_mask" of shape (N, length), ...). The optimizer is Adam; its learning
-    rate is lowered by `ReduceLROnPlateau` on `train_loss`, looked at every tenth batch of an epoch (an epoch
-    of fewer than ten batches is never looked at).
+    rate is lowered by `ReduceLROnPlateau` on `train_loss`, looked at every tenth batch, or once an epoch where
+    epochs are shorter.
 
     Logged, and shown on the progress bar: `train_loss` and `train_complement` per step;
     `train_accuracy`, `train_precision`, `val_loss`, `val_accuracy` and `val_precision` per epoch.
@@ -53,7 +53,7 @@ class CotBert(ComplementObjectiveMixin, pl.LightningModule):
         use_cot: two-step COT.
         learning_rate: of Adam, at the start.
         complement_optimizer: "shared" (the same Adam takes both steps) or "separate" (one of its own).
-        complement_loss: loss of the second step, `(logits, targets) -> scalar`. It is not saved in checkpoints: give
+        objective: loss of the second step, `(logits, targets) -> scalar`. It is not saved in checkpoints: give
             it to `load_from_checkpoint` again when it is not the default.
         one_step_weight: weight of one nat of complement entropy in the one-step loss; needs `use_cot=False`.
 
@@ -70,7 +70,7 @@ class CotBert(ComplementObjectiveMixin, pl.LightningModule):
         *,
         learning_rate: float = 5e-5,
         complement_optimizer: Literal["shared", "separate"] = "shared",
-        complement_loss: ComplementLoss = complement_entropy,
+        objective: ComplementLoss = complement_entropy,
         one_step_weight: float = 0.0,
     ) -> None:
         super().__init__()
@@ -88,11 +88,11 @@ class CotBert(ComplementObjectiveMixin, pl.LightningModule):
                 "a step of its own or in the sum"
             )
         model_path = os.fspath(model_path)  # checkpoints hold plain values only
-        self.save_hyperparameters(ignore="complement_loss")
+        self.save_hyperparameters(ignore="objective")
         self.learning_rate = learning_rate
         self.one_step_weight = one_step_weight
         self._configured_engine = (
-            ComplementObjectiveEngine(complement_loss, optimizer=complement_optimizer) if use_cot else None
+            ComplementObjectiveEngine(objective, optimizer=complement_optimizer) if use_cot else None
         )
         # float32 whatever the file holds; Trainer(precision=...) is the place to lower it. And
         # from_pretrained leaves the model in eval mode, which Lightning would keep: training would run
@@ -128,6 +128,12 @@ class CotBert(ComplementObjectiveMixin, pl.LightningModule):
             raise KeyError(f'the batch must hold "labels", got {sorted(batch)}')
         logits: Tensor = self(**_encoder_inputs(batch))
         return logits, batch["labels"]
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        # Lightning counts batches within an epoch: a shorter one would never reach the tenth.
+        for config in self.trainer.lr_scheduler_configs:
+            config.frequency = int(min(config.frequency, self.trainer.num_training_batches))
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         logits, labels = self.complement_logits(batch)

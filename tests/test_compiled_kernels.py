@@ -49,3 +49,14 @@ def test_rows_are_read_and_written_in_128_bits(reports: list[dict[str, Any]]) ->
         assert report["global_loads"].get("128"), report
         if report["variant"]["kernel"] == "gradient":
             assert report["global_stores"].get("128"), report
+
+
+def test_running_maxima_are_subtracted_as_they_were_rounded(reports: list[dict[str, Any]]) -> None:
+    """An unrounded product there makes lanes that saw nothing NaN, which no interpreter can show."""
+    for report in reports:
+        if report["variant"]["kernel"] in ("statistics", "merge") and report["gap_operations"] is not None:
+            assert report["gap_operations"] == ["sub"], report
+
+
+def test_offsets_into_the_state_are_64_bits_wide(reports: list[dict[str, Any]]) -> None:
+    assert [report for report in reports if report["narrow_offsets"]] == []

@@ -6,6 +6,7 @@ import math
 import re
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from oracle import CASES, Case, draw, gradient_of, relative_error
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import cot_kernels
+from cot_kernels.functional import _as_rows
 
 
 @pytest.mark.parametrize(
@@ -96,6 +98,19 @@ def test_strides(layout: str, classes: int, dtype: torch.dtype, device: torch.de
     assert relative_error(gradient, true_gradient) < (2e-6 if dtype == torch.float32 else 8e-3)
 
 
+@pytest.mark.parametrize("classes", [10, 1030, 5000])
+def test_logits_expanded_along_the_classes(classes: int, device: torch.device) -> None:
+    """One number a row in memory: nothing may be read past it."""
+    leaf = torch.randn(4, 1, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    target = torch.arange(4, device=device)
+    logits = leaf.expand(4, classes)
+    loss = cot_kernels.cross_entropy(logits, target)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.item() == pytest.approx(math.log(classes), rel=1e-6)
+    expected = (torch.full((4, classes), 1 / classes) - F.one_hot(target.cpu(), classes)) / 4
+    torch.testing.assert_close(gradient.cpu(), expected, rtol=1e-5, atol=1e-8)
+
+
 def test_channels_last_segmentation(device: torch.device) -> None:
     logits = torch.randn(2, 6, 5, 7, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
     target = torch.randint(6, (2, 5, 7), generator=torch.Generator().manual_seed(1))
@@ -105,6 +120,17 @@ def test_channels_last_segmentation(device: torch.device) -> None:
     true = cot_kernels.reference.complement_entropy(dense, target)
     assert loss.item() == pytest.approx(true.item(), abs=1e-7)
     assert relative_error(torch.autograd.grad(loss, leaf)[0], torch.autograd.grad(true, dense)[0]) < 2e-6
+
+
+def test_channels_last_logits_are_taken_as_rows_without_a_copy() -> None:
+    logits = torch.randn(2, 6, 5, 7).to(memory_format=torch.channels_last)
+    rows, target = _as_rows(logits, torch.zeros(2, 5, 7, dtype=torch.long))
+    assert rows.shape == (70, 6) and rows.is_contiguous() and rows.data_ptr() == logits.data_ptr()
+    assert target.shape == (70,)
+    # Channels last within each image, but images apart: not rows of one matrix.
+    apart = torch.randn(4, 6, 5, 7).to(memory_format=torch.channels_last)[::2]
+    rows, _ = _as_rows(apart, torch.zeros(2, 5, 7, dtype=torch.long))
+    torch.testing.assert_close(rows.flatten(), apart.flatten(2).flatten())
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
@@ -329,6 +355,9 @@ def test_bad_input(
         (cot_kernels.complement_entropy, {"eps": -1e-7}, ValueError, "eps must be at least 0, got -1e-07"),
         (cot_kernels.complement_entropy, {"eps": math.nan}, ValueError, "eps must be finite, got nan"),
         (cot_kernels.complement_entropy, {"eps": "1e-7"}, TypeError, "eps must be a number, got str"),
+        (cot_kernels.complement_entropy, {"eps": True}, TypeError, "eps must be a number, got bool"),
+        (cot_kernels.complement_entropy, {"ignore_index": True}, TypeError, "ignore_index must be an int, got bool"),
+        (cot_kernels.complement_entropy, {"ignore_index": 2**70}, ValueError, "ignore_index must fit in 64 bits"),
         (cot_kernels.complement_entropy, {"normalization": "K"}, ValueError, "normalization must be one of .* got 'K'"),
         (cot_kernels.guided_complement_entropy, {"alpha": -0.1}, ValueError, "alpha must be at least 0"),
         (cot_kernels.guided_complement_entropy, {"eps": -1.0}, ValueError, "eps must be at least 0"),
@@ -339,6 +368,25 @@ def test_bad_input(
 def test_bad_options(loss: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         loss(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), **options)
+
+
+def test_tensors_that_are_not_dense_are_refused() -> None:
+    target = torch.zeros(2, dtype=torch.long)
+    with pytest.raises(TypeError, match=r"input must be a dense tensor, got layout torch\.sparse_coo"):
+        cot_kernels.complement_entropy(torch.eye(2, 3).to_sparse(), target)
+    with pytest.raises(TypeError, match="target must be a dense tensor"):
+        cot_kernels.complement_entropy(torch.eye(2, 3), target.to_sparse())
+
+
+def test_tensors_on_two_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match="input and target must be on one device, got cpu and meta"):
+        cot_kernels.complement_entropy(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long, device="meta"))
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    logits, target = draw(4, 6, None)
+    expected = cot_kernels.complement_entropy(logits, target, eps=1e-3)
+    assert cot_kernels.complement_entropy(logits, target, eps=numpy.float64(1e-3)) == expected  # type: ignore[arg-type]
 
 
 def test_two_classes(device: torch.device) -> None:

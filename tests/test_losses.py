@@ -83,16 +83,23 @@ def test_half_precision_rounds_only_what_it_returns(
 @pytest.mark.parametrize("value", [30.0, 100.0])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_saturated_rows(case: Case, value: float, device: torch.device) -> None:
-    """Targets far above and far below the rest: finite, and equal to float64."""
+    """Targets far above and far below the rest: finite, and the published formula in float64."""
     logits, target = draw(6, 40, None)
     signs = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
     logits.scatter_(1, target[:, None], (signs * value)[:, None])
     weights = torch.ones(6, dtype=torch.float64)
     loss, gradient = gradient_of(case.loss, logits.float().to(device), target.to(device), weights)
-    true_loss, true_gradient = gradient_of(case.loss, logits, target, weights)
+    true_loss, true_gradient = gradient_of(case.published, logits.float().double(), target, weights)
     assert bool(loss.isfinite().all()) and bool(gradient.isfinite().all())
     torch.testing.assert_close(loss.cpu().double(), true_loss, rtol=2e-6, atol=1e-7)
     torch.testing.assert_close(gradient.cpu().double(), true_gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_an_eps_below_the_smallest_float_is_no_nan(device: torch.device) -> None:
+    logits = torch.tensor([[200.0, 0.0, 0.0]], device=device)
+    target = torch.tensor([0], device=device)
+    loss, gradient = gradient_of(cot_kernels.complement_entropy, logits, target, torch.ones(1), eps=1e-46)
+    assert bool(loss.isfinite().all()) and bool(gradient.isfinite().all())
 
 
 def test_equal_logits(device: torch.device) -> None:

@@ -62,7 +62,7 @@ def loss_of(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     [
         ({}, ["cross-entropy", "complement"], 1),
         ({"complement_optimizer": "separate"}, ["cross-entropy", "complement"], 2),
-        ({"complement_loss": F.cross_entropy}, ["cross-entropy", "cross-entropy"], 1),
+        ({"objective": F.cross_entropy}, ["cross-entropy", "cross-entropy"], 1),
         ({"use_cot": False}, ["cross-entropy"], 1),
         ({"use_cot": False, "one_step_weight": 0.3}, ["sum"], 1),
     ],
@@ -114,9 +114,24 @@ def test_validation_metrics_are_right(encoder_folder: Path, trainer: Any) -> Non
     for check, prefix in (("validate", "val"), ("test", "test")):
         (metrics,) = getattr(trainer(), check)(module, loader(batches), verbose=False)
         assert metrics[f"{prefix}_accuracy"] == pytest.approx(correct.float().mean().item())
+        precision = [correct[logits.argmax(dim=1) == k].float().mean().item() for k in range(CLASSES)]
+        present = [k for k in range(CLASSES) if (logits.argmax(dim=1) == k).any() or (labels == k).any()]
+        macro = sum(0.0 if precision[k] != precision[k] else precision[k] for k in present) / len(present)
+        assert metrics[f"{prefix}_precision"] == pytest.approx(macro)
         assert metrics[f"{prefix}_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     predicted = trainer().predict(module, loader([{k: v for k, v in b.items() if k != "labels"} for b in batches]))
     torch.testing.assert_close(torch.cat(predicted), logits)
+
+
+def test_training_metrics_are_right(encoder_folder: Path, trainer: Any) -> None:
+    (batch,) = make_batches(1)
+    module = CotBert(encoder_folder, CLASSES)
+    logits, labels = module.complement_logits(batch)  # no dropout in this encoder
+    fit = trainer(max_epochs=1)
+    fit.fit(module, loader([batch]))
+    accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
+    assert fit.callback_metrics["train_accuracy"].item() == pytest.approx(accuracy)
+    assert fit.callback_metrics["train_loss"].item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
 
 
 def test_plateau_scheduler_is_stepped_every_tenth_batch(encoder_folder: Path, trainer: Any) -> None:
@@ -129,6 +144,21 @@ def test_plateau_scheduler_is_stepped_every_tenth_batch(encoder_folder: Path, tr
     assert config.scheduler.last_epoch == 4  # batches 10 and 20 of both epochs
     assert config.scheduler.best < float("inf")
     assert [type(optimizer) for optimizer in fit.optimizers] == [Adam]
+
+
+def test_plateau_scheduler_is_stepped_once_an_epoch_where_epochs_are_short(encoder_folder: Path, trainer: Any) -> None:
+    module = CotBert(encoder_folder, CLASSES)
+    fit = trainer(max_epochs=3)
+    fit.fit(module, loader(make_batches(5)))
+    (config,) = fit.lr_scheduler_configs
+    assert config.scheduler.last_epoch == 3
+
+
+def test_plateau_scheduler_lowers_the_rate_when_the_loss_does_not_fall(encoder_folder: Path, trainer: Any) -> None:
+    module = CotBert(encoder_folder, CLASSES, learning_rate=1e-12)
+    fit = trainer(max_epochs=14)
+    fit.fit(module, loader(make_batches(1)))
+    assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-13)
 
 
 def test_trains_with_dropout_and_validates_without(encoder_folder: Path, trainer: Any) -> None:
@@ -212,8 +242,8 @@ def test_the_packaged_encoder(trainer: Any) -> None:
         ({"learning_rate": -1.0}, ValueError, "learning_rate must be positive and finite, got -1.0"),
         ({"one_step_weight": -0.1, "use_cot": False}, ValueError, "one_step_weight must be at least 0"),
         ({"one_step_weight": 0.1}, ValueError, "one_step_weight=0.1 needs use_cot=False"),
-        ({"complement_optimizer": "second"}, ValueError, 'optimizer must be "shared" or "separate"'),
-        ({"complement_loss": None}, TypeError, "loss must be a callable"),
+        ({"complement_optimizer": "second"}, ValueError, "optimizer must be .* got 'second'"),
+        ({"objective": None}, TypeError, "objective must be a callable"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str, encoder_folder: Path) -> None:

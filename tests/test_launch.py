@@ -1,0 +1,67 @@
+"""What the launcher promises the compiler: wrong promises show on a GPU only, as wrong reads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cot_kernels.backends.triton import launch
+from cot_kernels.backends.triton.backend import _tile
+
+SHORT, LONG = 1000, 4096
+
+
+def matrix(classes: int, dtype: torch.dtype = torch.float32, stride: int | None = None, offset: int = 0) -> Tensor:
+    stride = classes if stride is None else stride
+    return torch.zeros(offset + 4 * stride, dtype=dtype).as_strided((4, classes), (stride, 1), offset)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rows_on_a_boundary_are_promised(dtype: torch.dtype) -> None:
+    in_16_bytes = 16 // dtype.itemsize
+    assert _tile(matrix(SHORT, dtype)).align == in_16_bytes
+    assert _tile(matrix(SHORT, dtype), matrix(SHORT, dtype)).align == in_16_bytes
+    assert _tile(matrix(LONG, dtype)).align == in_16_bytes
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [matrix(SHORT, offset=1), matrix(SHORT, stride=SHORT + 1), matrix(SHORT - 1), matrix(SHORT - 1, stride=SHORT)],
+    ids=["off a boundary", "odd stride", "odd number of classes", "odd number of classes, even stride"],
+)
+def test_short_rows_off_a_boundary_are_not(logits: Tensor) -> None:
+    assert _tile(logits).align == 1
+
+
+def test_long_rows_need_equal_heads_in_logits_and_gradient() -> None:
+    odd = matrix(50257)
+    assert _tile(odd).align == 4  # alone, each row finds its own boundary
+    assert _tile(odd, matrix(50257)).align == 4
+    assert _tile(odd, matrix(50257, stride=50258)).align == 1
+    assert _tile(odd, matrix(50257, offset=1)).align == 1
+    assert _tile(matrix(SHORT), matrix(SHORT, stride=SHORT + 4)).align == 1
+
+
+def test_an_inner_dimension_promises_nothing_to_short_rows() -> None:
+    logits = torch.zeros(2, 3, 8).as_strided((2, 8, 3), (24, 1, 8))
+    assert _tile(logits).align == 1
+
+
+@pytest.mark.parametrize("other", [0, 2])
+def test_classes_that_do_not_adjoin_take_their_stride(other: int) -> None:
+    """In any tensor involved: a stride of 0 beside one of 1 is not dense."""
+    apart = torch.zeros(4, 5000)
+    apart = apart[:, :1].expand(4, 2500) if other == 0 else apart[:, ::2]
+    dense = torch.zeros(4, 2500)
+    for tensors in ((apart, dense), (dense, apart)):
+        assert _tile(*tensors).lanes == 1
+    assert _tile(dense, dense).lanes > 1
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64, 263, 265, 10**6])
+@pytest.mark.parametrize("tiles", [1, 7, 1000])
+def test_splits(rows: int, tiles: int) -> None:
+    splits = launch.choose_splits(rows, tiles, 132)
+    assert 1 <= splits <= tiles
+    assert splits == 1 if rows * 2 > 4 * 132 else splits * rows <= 4 * 132
