@@ -26,7 +26,7 @@ from cot_kernels import complement_entropy
 from lightning_integration.batches import causal_lm_logits_and_targets, logits_and_targets
 
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
+accelerate = pytest.importorskip("accelerate")
 hugging_face = pytest.importorskip("lightning_integration.hugging_face")
 
 
@@ -291,8 +291,11 @@ TASKS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    ("task", "setting"),
+    [("texts", setting) for setting in SETTINGS]
+    + [(task, setting) for task in ("tokens", "gpt2", "llama") for setting in ("accumulation", "everything")],
+)
 def test_equals_a_plain_pytorch_loop(task: str, setting: str, trained: Any) -> None:
     of, with_ = TASKS[task], SETTINGS[setting]
     expected, data = of.network(), of.data()
@@ -615,6 +618,19 @@ def test_half_precision_with_a_gradient_scaler(arguments: Any) -> None:
     assert largest_gap(network, expected) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("average", "items", "factor"), [(True, 11, 2 * ROWS / 11), (False, 11, ROWS / 11), (True, None, 1.0)]
+)
+def test_shares_of_several_processes(
+    average: bool, items: int | None, factor: float, arguments: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, data = bert().train(), labelled_texts()
+    fit = ComplementObjectiveTrainer(network, arguments(average_tokens_across_devices=average))
+    monkeypatch.setattr(accelerate.Accelerator, "num_processes", 2)
+    mean = F.cross_entropy(*rows_of(network, data)).item()
+    assert fit.compute_loss(network, data, num_items_in_batch=items).item() == pytest.approx(factor * mean, rel=1e-6)
+
+
 DISTRIBUTED = """
     import sys
     import torch
@@ -638,9 +654,13 @@ DISTRIBUTED = """
             train_dataset=data,
             optimizers=(optimizer, None),
         )
+        synchronised = []
+        network.register_forward_pre_hook(
+            lambda *_: synchronised.append(trainer.model_wrapped.require_backward_grad_sync)
+        )
         trainer.train()
         if trainer.is_world_process_zero():
-            torch.save((network.state_dict(), trainer.state.log_history), f"{folder}/result.pt")
+            torch.save((network.state_dict(), trainer.state.log_history, synchronised), f"{folder}/result.pt")
 """
 
 
@@ -674,11 +694,13 @@ def test_two_processes_equal_one_with_batches_twice_as_large(tmp_path: Path) -> 
     assert [process.returncode for process in processes] == [0, 0], errors[0][-3000:]
 
     history = two_step_loop(expected, data, sgd(expected), accumulate=2, clip=0.05)
-    state, log = torch.load(tmp_path / "result.pt")
+    state, log, synchronised = torch.load(tmp_path / "result.pt")
     for name, value in state.items():
         torch.testing.assert_close(value, expected.state_dict()[name], rtol=0, atol=1e-8)
     for at, name in enumerate(("loss", "train_complement")):
         assert [entry[name] for entry in log if name in entry] == pytest.approx([v[at] for v in history], abs=1e-6)
+    # Gradients cross processes once for each of the two steps, in windows of two, two and one batches.
+    assert synchronised == ([False, True] * 4 + [True] * 2) * EPOCHS
 
 
 # ------------------------------------------------------------------------------------------ one step
@@ -775,6 +797,31 @@ def test_causal_language_models_need_shifted_labels(network: Any, arguments: Any
         ComplementObjectiveTrainer(network(), arguments())
 
 
+def test_causal_language_models_are_found_inside_a_wrapper(arguments: Any) -> None:
+    class Adapters(nn.Module):
+        """Wraps a model as PEFT does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.base = llama()
+            self.config = self.base.config
+
+        def get_base_model(self) -> Any:
+            return self.base
+
+        def forward(self, labels: Tensor | None = None, **inputs: Any) -> Any:
+            return self.base(labels=labels, **inputs)
+
+    with pytest.raises(ValueError, match="pass logits=causal_lm_logits_and_targets"):
+        ComplementObjectiveTrainer(Adapters(), arguments())
+
+
+def test_encoder_decoders_do_not_shift_their_labels(arguments: Any) -> None:
+    sizes = {"vocab_size": VOCABULARY, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    network = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    ComplementObjectiveTrainer(network, arguments())
+
+
 @pytest.mark.parametrize("name", ["is_deepspeed_enabled", "is_fsdp_enabled"])
 def test_strategies_that_split_the_model_are_refused(name: str, arguments: Any) -> None:
     class Enabled(ComplementObjectiveTrainer):
@@ -787,10 +834,12 @@ def test_strategies_that_split_the_model_are_refused(name: str, arguments: Any) 
 
 
 def test_parallelism_inside_a_model_is_refused(arguments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = bert()
-    monkeypatch.setattr(type(network), "is_distributed_loading_by_transformers", True)
-    with pytest.raises(RuntimeError, match="does not support tensor, context or sequence parallelism"):
-        ComplementObjectiveTrainer(network, arguments())
+    refused = pytest.raises(RuntimeError, match="does not support tensor, context or sequence parallelism")
+    with refused:
+        ComplementObjectiveTrainer(bert(), arguments(parallelism_config=accelerate.ParallelismConfig()))
+    monkeypatch.setattr(transformers.PreTrainedModel, "is_distributed_loading_by_transformers", True)
+    with refused:
+        ComplementObjectiveTrainer(bert(), arguments())
 
 
 def test_lbfgs_is_refused(trained: Any) -> None:
