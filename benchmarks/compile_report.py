@@ -219,10 +219,11 @@ def _gap_operations(ptx: str) -> list[str]:
     """The operations that PTX attributes to the lines `gap = ...`, where a product must not be contracted into them."""
     lines = Path(statistics.__file__).read_text().splitlines()
     gaps = {number for number, line in enumerate(lines, 1) if line.strip().startswith("gap = ")}
+    files = set(re.findall(r'\.file\s+(\d+)\s+"[^"]*statistics\.py"', ptx))
     found, at = set(), 0
     for line in ptx.splitlines():
-        if location := re.match(r"\s*\.loc\s+\d+\s+(\d+)", line):
-            at = int(location[1])
+        if location := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line):
+            at = int(location[2]) if location[1] in files else 0
         elif at in gaps and (operation := re.match(r"\s*(fma|add|sub|mul|neg)\.\S*f(?:32|64)\b", line)):
             found.add(operation[1])
     return sorted(found)

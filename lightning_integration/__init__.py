@@ -1,7 +1,8 @@
 """Complement objective training in Lightning: callback, mixin, transformer text classifier, BBC News.
 
-`ComplementObjectiveEngine` and `ComplementObjectiveMixin` import no Lightning. The other names import
-Lightning and transformers when they are first used.
+`ComplementObjectiveEngine` and `ComplementObjectiveMixin` import no Lightning. The other names import what they need
+when they are first used: `ComplementObjectiveTrainer` and the `..._compute_loss` functions transformers, the rest
+Lightning and transformers.
 """
 
 from __future__ import annotations
@@ -15,22 +16,29 @@ if TYPE_CHECKING:
     from .callback import ComplementObjectiveTraining
     from .cot_bert import CotBert
     from .data import BBCNewsDataModule, packaged_minilm
+    from .hugging_face import ComplementObjectiveTrainer, causal_lm_complement_compute_loss, complement_compute_loss
 
 __all__ = [
     "BBCNewsDataModule",
     "ComplementObjectiveEngine",
     "ComplementObjectiveMixin",
+    "ComplementObjectiveTrainer",
     "ComplementObjectiveTraining",
     "CotBert",
+    "causal_lm_complement_compute_loss",
     "causal_lm_logits_and_targets",
+    "complement_compute_loss",
     "logits_and_targets",
     "packaged_minilm",
 ]
 
 _MODULE_OF = {
     "BBCNewsDataModule": "data",
+    "ComplementObjectiveTrainer": "hugging_face",
     "ComplementObjectiveTraining": "callback",
     "CotBert": "cot_bert",
+    "causal_lm_complement_compute_loss": "hugging_face",
+    "complement_compute_loss": "hugging_face",
     "packaged_minilm": "data",
 }
 
