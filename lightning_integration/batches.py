@@ -75,14 +75,14 @@ def target_shares(batches: Sequence[Any]) -> Sequence[Tensor | float]:
     """The share of each batch in the valid targets of all; the same for all where targets are not found."""
     if len(batches) == 1:
         return [1.0]
-    counts = [_count_targets(batch) for batch in batches]
+    counts = [count_targets(batch) for batch in batches]
     found = [count for count in counts if count is not None]
     if len(found) < len(counts):
         return [1 / len(batches)] * len(batches)
     return (torch.stack(found) / torch.stack(found).sum()).unbind()
 
 
-def _count_targets(batch: Any) -> Tensor | None:
+def count_targets(batch: Any) -> Tensor | None:
     targets = batch.get("labels") if isinstance(batch, Mapping) else batch[1] if _is_pair(batch) else None
     if not isinstance(targets, Tensor) or targets.is_floating_point():
         return None

@@ -117,6 +117,13 @@ def test_fsdp_needs_the_shared_optimizer(refused: Any) -> None:
     refused('use optimizer="shared"', prepare=fsdp)
 
 
+def test_fsdp_takes_the_shared_optimizer(classifier: Any, network: Any, loader: Any, trainer: Any) -> None:
+    run = trainer(callbacks=[ComplementObjectiveTraining(optimizer="shared")], max_epochs=1)
+    run.strategy.__class__ = type("FSDPStrategy", (type(run.strategy),), {})
+    run.fit(classifier(network()), loader)
+    assert "train_complement" in run.callback_metrics
+
+
 def test_an_optimizer_that_cannot_be_rebuilt_is_refused(refused: Any) -> None:
     class Special(SGD):
         def __init__(self, params: Any, schedule: list[float]) -> None:
