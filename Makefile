@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread a test worker: with more, the workers' thread pools wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-gpu lint format compile-report bench-cpu readme clean
+.PHONY: demo test test-gpu lint format compile-report bench-cpu bench-training readme clean
 
 demo: $(VENV)/.installed  ## Fine-tune a transformer on BBC News with and without COT; table, PNG and JSON in demo-results/
 	$(BIN)/python -m examples.demo --output demo-results
@@ -31,7 +31,10 @@ compile-report: $(VENV)/.installed  ## Registers, spills and access widths of ev
 bench-cpu: $(VENV)/.installed  ## The losses beside the published operations and F.cross_entropy, on this CPU
 	$(BIN)/python -m benchmarks.cpu --output benchmarks/results/cpu.json
 
-readme: $(VENV)/.installed  ## The tables of the README from the committed result files
+bench-training: $(VENV)/.installed  ## What the second step costs beside cross-entropy, on this CPU
+	$(BIN)/python -m benchmarks.training --output benchmarks/results/training.json
+
+readme: $(VENV)/.installed  ## The tables of README and docs from the committed result files
 	$(BIN)/python -m benchmarks.readme
 
 # torch by itself first: its version decides which Triton and which build the rest must fit.

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 try:
     from lightning_integration import BBCNewsDataModule, data
 except ModuleNotFoundError:
@@ -134,6 +134,18 @@ def test_batches(build: Any) -> None:
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
     expected = [data.BBC_TOPICS.index(article.topic) for article in module.articles["test"][:8]]
     assert batch["labels"].tolist() == expected
+    tokenizer = transformers.AutoTokenizer.from_pretrained(module.model_path)
+    for tokens, article in zip(batch["input_ids"], module.articles["test"], strict=False):
+        own = tokenizer(article.text, truncation=True, max_length=12)["input_ids"]
+        assert tokens.tolist()[: len(own)] == own
+
+
+@needs_corpus
+def test_training_batches_are_shuffled(build: Any) -> None:
+    module = build(articles_per_topic=4, batch_size=20, validation_size=10, test_size=10)
+    in_order = [data.BBC_TOPICS.index(article.topic) for article in module.articles["train"]]
+    epochs = [next(iter(module.train_dataloader()))["labels"].tolist() for _ in range(2)]
+    assert sorted(epochs[0]) == in_order != epochs[0]
 
 
 @needs_corpus
