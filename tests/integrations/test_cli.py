@@ -187,13 +187,17 @@ def test_optimizers_from_yaml_train(with_knobs: Callable[..., Path], optimizer: 
         assert callback.engine.optimizer == optimizer
 
 
-@pytest.mark.xfail(strict=True, reason="needs ComplementLoss to return Any: jsonargparse looks for a class of Tensor")
+@pytest.mark.xfail(
+    strict=True,
+    raises=SystemExit,
+    reason="jsonargparse takes Callable[..., Tensor] for a maker of tensors: Any is needed",
+)
 def test_objective_of_a_class_from_yaml(with_knobs: Callable[..., Path]) -> None:
     objective = {"class_path": "cot_kernels.ComplementEntropy", "init_args": {"num_classes": 10, "eps": 0.0}}
     command_line = run("fit", config=with_knobs(objective=objective))
     module = the_callback(command_line).engine.objective
     assert isinstance(module, cot_kernels.ComplementEntropy)
-    assert (module.num_classes, module.eps) == (10, 0.0)
+    assert {"num_classes=10", "eps=0.0"} <= set(repr(module).strip(")").replace("(", ", ").split(", "))
     assert command_line.trainer.callback_metrics["train_complement"] < 0
 
 
