@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import importlib.util
 import inspect
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -46,10 +48,13 @@ KNOBS = {
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)  # logs and checkpoints are written relative to it
     monkeypatch.setattr(sys, "argv", ["lightning_integration"])
     monkeypatch.setenv("COLUMNS", "120")
+    # The command line seeds the process, and says so in its environment: not for the tests that follow.
+    with mock.patch.dict(os.environ), torch.random.fork_rng():
+        yield
 
 
 def run(command: str, *options: str, config: Path = DIGITS) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +21,13 @@ except ModuleNotFoundError:
     pytest.skip("needs Lightning", allow_module_level=True)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def own_seeds() -> Iterator[None]:
+    # The examples seed the process, and Lightning says so in its environment: not for the tests that follow.
+    with mock.patch.dict(os.environ), torch.random.fork_rng():
+        yield
 
 
 @pytest.fixture
