@@ -224,7 +224,7 @@ def _gap_operations(ptx: str) -> list[str]:
     for line in ptx.splitlines():
         if location := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line):
             at = int(location[2]) if location[1] in files else 0
-        elif at in gaps and (operation := re.match(r"\s*(fma|add|sub|mul|neg)\.\S*f(?:32|64)\b", line)):
+        elif at in gaps and (operation := re.match(r"\s*(fma|add|sub|mul|neg)\.\S*f(?:32|64)(?:x2)?\b", line)):
             found.add(operation[1])
     return sorted(found)
 

@@ -42,8 +42,8 @@ def training_table() -> str:
 
 def demo_table() -> str:
     note = (
-        "BBC News (2,060 distinct stories of the 2,225 articles, cut to 40 tokens), 16 articles a topic, mean ± standard "
-        "deviation over 3 seeds; `docs/demo/results.json`. Two-step CE "
+        "BBC News (2,060 distinct stories of the 2,225 articles, cut to 40 tokens), 16 articles a topic, mean ± "
+        "standard deviation over 3 seeds; `docs/demo/results.json`. Two-step CE "
         "is the control: cross-entropy with as many optimizer steps as COT takes. A demonstration, not a benchmark."
     )
     table = markdown_table(json.loads(DEMO_RESULTS.read_text()))

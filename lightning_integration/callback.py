@@ -6,8 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
 
-from torch import Tensor
-
 from cot_kernels import complement_entropy
 
 from ._lightning import Callback, pl
@@ -15,7 +13,7 @@ from .batches import HOW_TO_SAY_WHERE, check_batch, logits_and_targets
 from .optimizers import ComplementOptimizer
 from .training import ComplementLoss, ComplementObjectiveEngine, ComplementObjectiveMixin
 
-ModuleLogitsFunction: TypeAlias = Callable[[Any, Any], tuple[Tensor, Tensor]]
+ModuleLogitsFunction: TypeAlias = Callable[[Any, Any], Any]  # (logits, targets); see ComplementLoss for Any
 
 
 class ComplementObjectiveTraining(Callback):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from cot_kernels import complement_cross_entropy, complement_entropy
 
 from ._lightning import pl
+from .data import ModelPath, resolved
 from .training import ComplementLoss, ComplementObjectiveEngine, ComplementObjectiveMixin
 
 __all__ = ["CotBert"]
@@ -48,7 +48,7 @@ class CotBert(ComplementObjectiveMixin, pl.LightningModule):
     `Trainer.predict` gives the logits of each batch.
 
     Args:
-        model_path: folder of a pretrained model, or its name on the Hugging Face hub.
+        model_path: folder of a pretrained model, its name on the Hugging Face hub, or a function that gives either.
         num_labels: number of classes, at least 2 (with 2 the complement is one class and its entropy always 0).
         use_cot: two-step COT.
         learning_rate: of Adam, at the start.
@@ -64,7 +64,7 @@ class CotBert(ComplementObjectiveMixin, pl.LightningModule):
 
     def __init__(
         self,
-        model_path: str | os.PathLike[str],
+        model_path: ModelPath,
         num_labels: int,
         use_cot: bool = True,
         *,
@@ -87,7 +87,7 @@ class CotBert(ComplementObjectiveMixin, pl.LightningModule):
                 f"one_step_weight={one_step_weight} needs use_cot=False: the complement is trained either in "
                 "a step of its own or in the sum"
             )
-        model_path = os.fspath(model_path)  # checkpoints hold plain values only
+        model_path = resolved(model_path)  # checkpoints hold plain values only
         self.save_hyperparameters(ignore="objective")
         self.learning_rate = learning_rate
         self.one_step_weight = one_step_weight

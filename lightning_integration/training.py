@@ -40,7 +40,8 @@ else:
 
 __all__ = ["ComplementLoss", "ComplementObjectiveEngine", "ComplementObjectiveMixin", "LogitsFunction"]
 
-ComplementLoss = Callable[[Tensor, Tensor], Tensor]
+# Any, not Tensor: jsonargparse takes what returns a class for a factory of its instances.
+ComplementLoss = Callable[[Tensor, Tensor], Any]
 """`(logits, targets) -> scalar`, for example `cot_kernels.complement_entropy`."""
 
 LogitsFunction = Callable[[Any], tuple[Tensor, Tensor]]

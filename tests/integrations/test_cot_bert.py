@@ -71,6 +71,7 @@ def loss_of(name: str) -> Callable[[Tensor, Tensor], Tensor]:
 def test_equals_a_plain_pytorch_loop(
     options: dict[str, Any], losses: list[str], optimizers: int, encoder_folder: Path, trainer: Any
 ) -> None:
+    torch.manual_seed(1)
     module = CotBert(encoder_folder, CLASSES, learning_rate=1e-3, **options).double()
     expected = transformers.AutoModelForSequenceClassification.from_pretrained(
         encoder_folder, num_labels=CLASSES
@@ -124,14 +125,20 @@ def test_validation_metrics_are_right(encoder_folder: Path, trainer: Any) -> Non
 
 
 def test_training_metrics_are_right(encoder_folder: Path, trainer: Any) -> None:
-    (batch,) = make_batches(1)
-    module = CotBert(encoder_folder, CLASSES)
-    logits, labels = module.complement_logits(batch)  # no dropout in this encoder
+    batches = make_batches(5)
+    torch.manual_seed(1)
+    module = CotBert(encoder_folder, CLASSES, learning_rate=1e-12)
+    with torch.no_grad():
+        logits = torch.cat([module.complement_logits(batch)[0] for batch in batches])  # no dropout in this encoder
+    labels = torch.cat([batch["labels"] for batch in batches])
+    predicted = logits.argmax(dim=1)
+    right, flipped = (predicted == labels).float().mean().item(), (4 - predicted == labels).float().mean().item()
+    assert right != flipped
     fit = trainer(max_epochs=1)
-    fit.fit(module, loader([batch]))
-    accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
-    assert fit.callback_metrics["train_accuracy"].item() == pytest.approx(accuracy)
-    assert fit.callback_metrics["train_loss"].item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    fit.fit(module, loader(batches))
+    assert fit.callback_metrics["train_accuracy"].item() == pytest.approx(right)
+    last = F.cross_entropy(logits[-4:], labels[-4:]).item()
+    assert fit.callback_metrics["train_loss"].item() == pytest.approx(last, rel=1e-5)
 
 
 def test_plateau_scheduler_is_stepped_every_tenth_batch(encoder_folder: Path, trainer: Any) -> None:
@@ -142,7 +149,7 @@ def test_plateau_scheduler_is_stepped_every_tenth_batch(encoder_folder: Path, tr
     assert (config.interval, config.frequency, config.monitor) == ("step", 10, "train_loss")
     assert isinstance(config.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
     assert config.scheduler.last_epoch == 4  # batches 10 and 20 of both epochs
-    assert config.scheduler.best < float("inf")
+    assert (config.scheduler.mode, config.scheduler.best < float("inf")) == ("min", True)
     assert [type(optimizer) for optimizer in fit.optimizers] == [Adam]
 
 
