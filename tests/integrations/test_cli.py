@@ -159,8 +159,15 @@ def test_under_lightnings_other_name() -> None:
         "assert 'lightning.pytorch' not in sys.modules\n"
     )
     options = ("fit", "--config", str(DIGITS), "--trainer.fast_dev_run=1", "--trainer.enable_progress_bar=false")
+    # The configuration is read from its own folder: examples are found by an absolute path, as `python -m` gives.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program, *options], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-W", "ignore", "-c", program, *options],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert process.returncode == 0, process.stderr[-3000:]
 
