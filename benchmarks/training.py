@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.cpu import environment
+from examples.demo import silence
 from examples.digits import Digits, DigitsNet
 from lightning_integration import BBCNewsDataModule, ComplementObjectiveTraining, CotBert, packaged_minilm
 from lightning_integration._lightning import Callback, pl
@@ -82,9 +81,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "pytorch_lightning", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    silence()
     pairs = networks()
     times: dict[str, dict[str, list[float]]] = {network: {method: [] for method in METHODS} for network in pairs}
     runs = [(network, method) for _ in range(ROUNDS) for network in pairs for method in METHODS]

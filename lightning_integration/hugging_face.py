@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -25,7 +24,7 @@ from torch.optim import Optimizer
 from cot_kernels import complement_cross_entropy, complement_entropy, cross_entropy
 
 from .batches import IGNORE_INDEX, causal_lm_logits_and_targets, count_targets, logits_and_targets
-from .training import ComplementLoss
+from .training import ComplementLoss, check_positive
 
 try:
     from transformers import Trainer
@@ -102,10 +101,7 @@ class ComplementObjectiveTrainer(Trainer):
                 f"complement_loss must be a callable (logits, targets) -> scalar Tensor, "
                 f"got {type(complement_loss).__name__}"
             )
-        if isinstance(complement_weight, bool) or not isinstance(complement_weight, (int, float)):
-            raise TypeError(f"complement_weight must be a number, got {type(complement_weight).__name__}")
-        if not (complement_weight > 0 and math.isfinite(complement_weight)):
-            raise ValueError(f"complement_weight must be positive and finite, got {complement_weight!r}")
+        check_positive("complement_weight", complement_weight)
         if not callable(logits):
             raise TypeError(
                 f"logits must be a callable (module, batch) -> (logits, targets), got {type(logits).__name__}"

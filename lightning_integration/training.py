@@ -105,8 +105,8 @@ class ComplementObjectiveEngine:
                 'optimizer must be "separate", "shared" or a callable from parameters to an Optimizer, '
                 f"got {optimizer!r}"
             )
-        _check_positive("lr_ratio", lr_ratio)
-        _check_positive("weight", weight)
+        check_positive("lr_ratio", lr_ratio)
+        check_positive("weight", weight)
         _check_count("every_n_steps", every_n_steps, least=1)
         _check_count("start_epoch", start_epoch, least=0)
         self.objective = objective
@@ -400,7 +400,8 @@ class ComplementObjectiveMixin(LightningModule):
             engine.load_state_dict(checkpoint.get(CHECKPOINT_KEY, {}))
 
 
-def _check_positive(name: str, value: float) -> None:
+def check_positive(name: str, value: float) -> None:
+    """TypeError or ValueError, naming the argument, for all but a positive, finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not (value > 0 and math.isfinite(value)):

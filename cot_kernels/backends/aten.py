@@ -24,6 +24,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from cot_kernels.backends import accumulation_dtype
 from cot_kernels.objectives import Objective
 
 # A logit at or below the floor has probability zero, as has a masked one at -inf, for which 0 * -inf would be NaN.
@@ -41,10 +42,6 @@ FEW_ELEMENTS = 1 << 15
 
 # What a forward pass hands its backward pass: the gradient itself, or index, ignored rows, m, and A, B and f_g stacked.
 Saved: TypeAlias = tuple[Tensor | None, ...]
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _present(tensor: Tensor | None) -> Tensor:

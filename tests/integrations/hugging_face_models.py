@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from integrations.loops import published_complement_entropy
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
@@ -121,15 +122,6 @@ def next_tokens_of(network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return logits[:, :-1].reshape(-1, logits.shape[-1]), batch["labels"][:, 1:].reshape(-1)
 
 
-def published_complement_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Complement entropy in the operations of its paper, for float64."""
-    probabilities = logits.softmax(dim=1)
-    target_probability = probabilities.gather(1, targets[:, None])
-    others = probabilities / (1 - target_probability + 1e-7)
-    terms = (others * others.log()).scatter(1, targets[:, None], 0.0)
-    return terms.sum() / logits.numel()
-
-
 def two_step_loop(
     network: nn.Module,
     data: Batch,
@@ -182,11 +174,6 @@ def one_cycle(optimizer: Optimizer) -> OneCycleLR:
 
 def constant(optimizer: Optimizer) -> Any:
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-
-
-def largest_gap(a: nn.Module, b: nn.Module) -> float:
-    state = b.state_dict()
-    return max((value.double() - state[name].double()).abs().max().item() for name, value in a.state_dict().items())
 
 
 @pytest.fixture

@@ -26,19 +26,18 @@ from integrations.hugging_face_models import (
     gpt2,
     labelled_texts,
     labelled_tokens,
-    largest_gap,
     llama,
     logged,
     next_tokens_of,
     one_cycle,
     part,
-    published_complement_entropy,
     rows_of,
     sgd,
     trained,
     two_step_loop,
     windows,
 )
+from integrations.loops import largest_gap, published_complement_entropy
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 

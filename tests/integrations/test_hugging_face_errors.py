@@ -20,13 +20,13 @@ from integrations.hugging_face_models import (
     bert,
     gpt2,
     labelled_texts,
-    largest_gap,
     llama,
     next_tokens_of,
     sgd,
     trained,
     windows,
 )
+from integrations.loops import largest_gap
 from torch import Tensor, nn
 from torch.optim import LBFGS
 

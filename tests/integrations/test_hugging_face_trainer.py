@@ -23,7 +23,6 @@ from integrations.hugging_face_models import (
     dataset,
     labelled_texts,
     labelled_tokens,
-    largest_gap,
     logged,
     one_cycle,
     part,
@@ -33,6 +32,7 @@ from integrations.hugging_face_models import (
     two_step_loop,
     windows,
 )
+from integrations.loops import largest_gap
 from torch import Tensor, nn
 
 from cot_kernels import complement_entropy

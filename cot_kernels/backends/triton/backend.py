@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from cot_kernels.backends import accumulation_dtype
 from cot_kernels.backends.triton import launch
 from cot_kernels.backends.triton.gradient import gradient_kernel
 from cot_kernels.backends.triton.objectives import device_twin
@@ -37,10 +38,6 @@ def _multiprocessors(device: torch.device) -> int:
 def _on_device_of(logits: Tensor) -> AbstractContextManager[object]:
     """Kernels start on the current device, which need not be the one that holds the logits."""
     return torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext()
-
-
-def _accumulation_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _strides(logits: Tensor) -> tuple[int, int, int, int]:
@@ -75,7 +72,7 @@ def _forward(
     """Row values (or partial sums of them, and of the rows counted), the target in row order, and the state."""
     target = target.contiguous()
     num_rows, num_classes = target.numel(), logits.shape[1]
-    dtype, device = _accumulation_dtype(logits), logits.device
+    dtype, device = accumulation_dtype(logits.dtype), logits.device
     twin: Any = None
     parameters = (0.0, 0.0, 0.0)
     if objective is not None:
