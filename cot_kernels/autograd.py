@@ -1,4 +1,4 @@
-"""The family as two autograd Functions: a reduced loss, and the differentiable row statistics.
+"""The family as two autograd Functions, the way of eager mode: a reduced loss, and the differentiable row statistics.
 
 Both save the logits, which are never modified, and O(N) numbers a backward pass needs besides them, so a backward pass
 may run any number of times and with any upstream gradient. The arithmetic is the backend's.
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cot_kernels import differentiable
 from cot_kernels.backends import aten
 from cot_kernels.objectives import Objective
 
@@ -24,16 +25,6 @@ def backend_for(logits: Tensor) -> ModuleType:
 
         return backend
     return aten
-
-
-def _refuse_double_backward() -> None:
-    # Gradients are enabled within a backward pass only under create_graph=True. The hand-written gradient carries no
-    # graph of its own: without this it would silently count as a constant.
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "the fused losses have no second derivative (create_graph=True): for double backward use the op-by-op "
-            "losses of cot_kernels.reference"
-        )
 
 
 class RowLoss(torch.autograd.Function):
@@ -48,14 +39,23 @@ class RowLoss(torch.autograd.Function):
     ) -> Tensor:
         ctx.backend = backend_for(logits)
         loss, saved = ctx.backend.loss(logits, target, ignore_index, objective, reduction)
-        ctx.save_for_backward(logits, *saved)
+        ctx.save_for_backward(logits, target, *saved)
+        ctx.arguments = ignore_index, objective, reduction
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
-        _refuse_double_backward()
-        logits, *saved = ctx.saved_tensors
-        return ctx.backend.gradient(logits, tuple(saved), upstream), None, None, None, None
+        logits, target, *saved = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return ctx.backend.gradient(logits, tuple(saved), upstream), None, None, None, None
+        # create_graph=True: the gradient is to be differentiated itself.
+        ignore_index, objective, reduction = ctx.arguments
+        if reduction == "none":
+            upstream = upstream.reshape(target.shape).unsqueeze(1)
+        elif reduction == "mean":
+            upstream = upstream / (target != ignore_index).sum()
+        gradient = differentiable.loss_gradient(logits, target, ignore_index, objective, upstream)
+        return gradient, None, None, None, None
 
 
 class RowStatistics(torch.autograd.Function):
@@ -65,14 +65,14 @@ class RowStatistics(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
         ctx.backend = backend_for(logits)
         target_logit, complement_lse, negentropy, saved = ctx.backend.statistics(logits, target, ignore_index)
-        ctx.save_for_backward(logits, *saved)
+        ctx.save_for_backward(logits, target, *saved)
+        ctx.ignore_index = ignore_index
         return target_logit, complement_lse, negentropy
 
     @staticmethod
-    def backward(
-        ctx: Any, d_target_logit: Tensor, d_complement_lse: Tensor, d_negentropy: Tensor
-    ) -> tuple[Tensor, None, None]:
-        _refuse_double_backward()
-        logits, *saved = ctx.saved_tensors
-        upstreams = (d_target_logit, d_complement_lse, d_negentropy)
-        return ctx.backend.statistics_gradient(logits, tuple(saved), *upstreams), None, None
+    def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor, None, None]:
+        logits, target, *saved = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return ctx.backend.statistics_gradient(logits, tuple(saved), *upstreams), None, None
+        columns = (each.reshape(target.shape).unsqueeze(1) for each in upstreams)
+        return differentiable.statistics_gradient(logits, target, ctx.ignore_index, *columns), None, None

@@ -26,7 +26,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from cot_kernels import differentiable, operators
 from cot_kernels.autograd import RowLoss, RowStatistics
 from cot_kernels.objectives import (
     ComplementEntropyObjective,
@@ -212,14 +214,41 @@ def complement_statistics(input: Tensor, target: Tensor, *, ignore_index: int = 
     """
     _check(input, target, ignore_index, "none")
     logits, rows = _as_rows(input, target)
-    values = RowStatistics.apply(logits, rows, ignore_index)  # type: ignore[no-untyped-call]
+    values: tuple[Tensor, ...]
+    if _eager(input):
+        values = RowStatistics.apply(logits, rows, ignore_index)  # type: ignore[no-untyped-call]
+    elif _forward_mode():
+        values = differentiable.statistics(logits, rows, ignore_index)
+    else:
+        values = operators.statistics(logits, rows, ignore_index)
     return ComplementStatistics(*(value.reshape(target.shape) for value in values))
 
 
 def _row_loss(input: Tensor, target: Tensor, ignore_index: int, objective: Objective, reduction: str) -> Tensor:
     logits, rows = (input, target) if input.dim() == 2 else _as_rows(input, target)
-    loss: Tensor = RowLoss.apply(logits, rows, ignore_index, objective, reduction)  # type: ignore[no-untyped-call]
+    loss: Tensor
+    if _eager(input):
+        loss = RowLoss.apply(logits, rows, ignore_index, objective, reduction)  # type: ignore[no-untyped-call]
+    elif _forward_mode():
+        loss = differentiable.loss(logits, rows, ignore_index, objective).squeeze(1)
+        loss = operators.reduce(loss, rows, ignore_index, reduction)
+    else:
+        loss = operators.loss(logits, rows, ignore_index, objective, reduction)
     return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def _eager(input: Tensor) -> bool:
+    """Whether the autograd Functions can be called as they are, without the dispatcher's cost of an operator."""
+    return not torch.compiler.is_compiling() and (
+        type(input) in (Tensor, torch.nn.Parameter)
+        and not input.is_meta
+        and not operators.transformed()
+        and not _forward_mode()
+    )
+
+
+def _forward_mode() -> bool:
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def _as_rows(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -292,7 +321,7 @@ def _check(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> 
 def _check_finite(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # torch.compile cannot trace math.isfinite of a symbolic number
         raise ValueError(f"{name} must be finite, got {value}")
 
 

@@ -62,7 +62,7 @@ class ComplementEntropyObjective:
         # xlogy(u, u) is 0, not NaN, where 1 - p underflows.
         loss = torch.special.xlogy(d_negentropy, u).addcmul_(d_negentropy, negentropy)
         d_log_odds = loss + d_negentropy
-        d_log_odds = d_log_odds.addcmul_(d_log_odds, miss, value=-1).div_(guarded).mul_(eps)
+        d_log_odds = torch.addcmul(d_log_odds, d_log_odds, miss, value=-1).div_(guarded).mul_(eps)
         return RowValues(loss, d_log_odds, d_negentropy)
 
 
@@ -81,7 +81,7 @@ class GuidedComplementEntropyObjective:
         plain = ComplementEntropyObjective(1.0, self.eps).rows(log_odds, negentropy)
         p, miss = torch.sigmoid(-log_odds), torch.sigmoid(log_odds)
         guided = p + self.eps
-        guide = guided.pow(self.alpha).mul_(self.scale)
+        guide = guided.pow(self.alpha) * self.scale
         # (p + eps)^alpha has an infinite slope at p + eps = 0, but p (1 - p) / (p + eps) stays within [0, 1]; where p
         # underflows and eps = 0 it is 0 / 0, and its limit there is 1.
         ratio = torch.where(guided > 0, p * miss / guided, miss)
@@ -104,7 +104,7 @@ class CrossEntropyObjective:
         loss = softplus(log_odds, threshold=40).mul_(self.scale)
         if self.weight:
             loss.add_(negentropy, alpha=self.scale * self.weight)
-        d_log_odds = torch.sigmoid(log_odds).mul_(self.scale)
+        d_log_odds = torch.sigmoid(log_odds) * self.scale
         return RowValues(loss, d_log_odds, torch.full_like(negentropy, self.scale * self.weight))
 
 

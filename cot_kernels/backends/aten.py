@@ -135,12 +135,12 @@ def _statistics(logits: Tensor, index: Tensor, target_logit: Tensor) -> _Statist
     return _finish(shift, total, torch.hardshrink(moment, 1e-30), target_logit)
 
 
-def _coefficients(rows: _Statistics, f_target: Tensor, f_lse: Tensor, f_negentropy: Tensor) -> Tensor:
+def _coefficients(total: Tensor, mean: Tensor, f_target: Tensor, f_lse: Tensor, f_negentropy: Tensor) -> Tensor:
     """A, B and f_g, stacked."""
-    coefficients = torch.empty((3, *rows.total.shape), dtype=rows.total.dtype, device=rows.total.device)
+    coefficients = torch.empty((3, *total.shape), dtype=total.dtype, device=total.device)
     slope, offset, at_target = coefficients.unbind()
-    torch.div(f_negentropy, rows.total, out=slope)
-    torch.addcmul(f_lse, f_negentropy, rows.mean, value=-1, out=offset).div_(rows.total)
+    torch.div(f_negentropy, total, out=slope)
+    torch.addcmul(f_lse, f_negentropy, mean, value=-1, out=offset).div_(total)
     at_target.copy_(f_target)
     return coefficients
 
@@ -185,6 +185,15 @@ def _few(logits: Tensor, index: Tensor, target_logit: Tensor, objective: Objecti
     return loss, grad
 
 
+def _many(
+    logits: Tensor, index: Tensor, target_logit: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row losses, and what the gradient of their sum needs: the shift, and the coefficients."""
+    rows = _statistics(logits, index, target_logit)
+    row_loss, d_log_odds, d_negentropy = objective.rows(rows.log_odds, rows.negentropy)
+    return row_loss, rows.shift, _coefficients(rows.total, rows.mean, d_log_odds.neg(), d_log_odds, d_negentropy)
+
+
 def _reduce(row_loss: Tensor, ignored: Tensor | None, count: int, reduction: str) -> Tensor:
     if ignored is not None:
         row_loss.masked_fill_(ignored, 0)
@@ -213,10 +222,8 @@ def loss(
         if ignored is not None:
             grad.masked_fill_(ignored, 0)
         return _reduce(row_loss, ignored, count, reduction), (grad,)
-    rows = _statistics(logits, index, target_logit)
-    row_loss, d_log_odds, d_negentropy = objective.rows(rows.log_odds, rows.negentropy)
-    coefficients = _coefficients(rows, d_log_odds.neg(), d_log_odds, d_negentropy)
-    return _reduce(row_loss, ignored, count, reduction), (index, ignored, rows.shift, coefficients)
+    row_loss, shift, coefficients = _many(logits, index, target_logit, objective)
+    return _reduce(row_loss, ignored, count, reduction), (index, ignored, shift, coefficients)
 
 
 def gradient(logits: Tensor, saved: Saved, upstream: Tensor) -> Tensor:
@@ -246,5 +253,55 @@ def statistics_gradient(
     """The gradient of anything built on :func:`statistics`, from what reaches its three outputs."""
     index, ignored, *rest = saved
     rows = _Statistics(*(_present(each) for each in rest))
-    coefficients = _coefficients(rows, d_target_logit, d_complement_lse, d_negentropy)
+    coefficients = _coefficients(rows.total, rows.mean, d_target_logit, d_complement_lse, d_negentropy)
     return _gradient(logits, _present(index), ignored, rows.shift, coefficients)
+
+
+# The same by rows, for the registered operators: what is handed on is one tensor, whose shape follows from that of the
+# target alone. So there is no short way here, and targets are read again.
+
+LOSS_STATE = 4  # m, A, B, f_g
+STATISTICS_STATE = 3  # m, s, t / s
+
+
+def row_loss(logits: Tensor, target: Tensor, ignore_index: int, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Row losses in the shape of the target, and the state, [LOSS_STATE, *target.shape]."""
+    index, ignored, target_logit = _read_targets(logits, target, ignore_index)
+    values, shift, coefficients = _many(logits, index, target_logit, objective)
+    return _reduce(values, ignored, 0, "none").squeeze(1), torch.cat((shift[None], coefficients)).squeeze(2)
+
+
+def row_loss_gradient(logits: Tensor, target: Tensor, ignore_index: int, state: Tensor, upstream: Tensor) -> Tensor:
+    index, ignored = _reread_targets(target, ignore_index)
+    shift, coefficients = state[0].unsqueeze(1), state[1:].unsqueeze(2)
+    return _gradient(logits, index, ignored, shift, coefficients * upstream.unsqueeze(1))
+
+
+def row_statistics(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """target_logit, complement_lse and negentropy in the shape of the target, and [STATISTICS_STATE, *target.shape]."""
+    *values, saved = statistics(logits, target, ignore_index)
+    target_logit, complement_lse, negentropy = (value.squeeze(1) for value in values)
+    state = torch.stack([_present(each).squeeze(1) for each in saved[2:5]])
+    return target_logit, complement_lse, negentropy, state
+
+
+def row_statistics_gradient(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    state: Tensor,
+    d_target_logit: Tensor,
+    d_complement_lse: Tensor,
+    d_negentropy: Tensor,
+) -> Tensor:
+    index, ignored = _reread_targets(target, ignore_index)
+    shift, total, mean = state.unsqueeze(2).unbind()
+    upstreams = (each.unsqueeze(1) for each in (d_target_logit, d_complement_lse, d_negentropy))
+    coefficients = _coefficients(total, mean, *upstreams)
+    return _gradient(logits, index, ignored, shift, coefficients)
+
+
+def _reread_targets(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None]:
+    index = target.long().unsqueeze(1)
+    ignored = index == ignore_index
+    return (index.masked_fill(ignored, 0), ignored) if ignored.any() else (index, None)

@@ -174,9 +174,57 @@ def statistics_gradient(
     """The gradient of anything built on :func:`statistics`, from what reaches its three outputs."""
     target, state, values = saved
     assert state is not None and values is not None
+    state = _coefficients(state, values[2], d_target_logit, d_complement_lse, d_negentropy)
+    return gradient(logits, (target, state, None), state.new_ones(()))
+
+
+def _coefficients(
+    state: Tensor, negentropy: Tensor, d_target_logit: Tensor, d_complement_lse: Tensor, d_negentropy: Tensor
+) -> Tensor:
+    """The state with what reaches the three statistics in the place of an objective's partials."""
     state = state.clone()
     slope, d_lse, at_target = (each.reshape(-1) for each in (d_negentropy, d_complement_lse, d_target_logit))
     torch.mul(slope, math.log(2), out=state[2])
-    torch.sub(slope * values[2], d_lse, out=state[3])
+    torch.sub(slope * negentropy, d_lse, out=state[3])
     state[4] = at_target
-    return gradient(logits, (target, state, None), state.new_ones(()))
+    return state
+
+
+# The same by rows, for the registered operators: what is handed on is one tensor, whose shape follows from that of the
+# target alone.
+
+LOSS_STATE = 5  # see statistics.finish
+STATISTICS_STATE = 6  # and S
+
+
+def row_loss(logits: Tensor, target: Tensor, ignore_index: int, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Row losses in the shape of the target, and the state, [LOSS_STATE, *target.shape]."""
+    with _on_device_of(logits):
+        values, _, state = _forward(logits, target, ignore_index, objective, False)
+    return values.view(target.shape), state.view(-1, *target.shape)
+
+
+def row_loss_gradient(logits: Tensor, target: Tensor, ignore_index: int, state: Tensor, upstream: Tensor) -> Tensor:
+    return gradient(logits, (target.contiguous(), state.contiguous(), None), upstream)
+
+
+def row_statistics(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """target_logit, complement_lse and negentropy in the shape of the target, and [STATISTICS_STATE, *target.shape]."""
+    *values, (_, state, saved) = statistics(logits, target, ignore_index)
+    assert state is not None and saved is not None
+    target_logit, complement_lse, negentropy = (value.view(target.shape) for value in values)
+    return target_logit, complement_lse, negentropy, torch.cat((state, saved[2:])).view(-1, *target.shape)
+
+
+def row_statistics_gradient(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    state: Tensor,
+    d_target_logit: Tensor,
+    d_complement_lse: Tensor,
+    d_negentropy: Tensor,
+) -> Tensor:
+    rows, negentropy = state[:5].flatten(1), state[5].flatten()
+    coefficients = _coefficients(rows, negentropy, d_target_logit, d_complement_lse, d_negentropy)
+    return gradient(logits, (target.contiguous(), coefficients, None), coefficients.new_ones(()))
