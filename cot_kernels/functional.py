@@ -94,7 +94,7 @@ def complement_entropy(
     """
     num_classes = _check(input, target, ignore_index, reduction)
     _check_nonnegative("eps", eps)
-    if num_classes == 2:
+    if num_classes == 2 and not torch.compiler.is_compiling():
         _warn_two_classes()
     objective = ComplementEntropyObjective(_scale(normalization, num_classes), float(eps))
     return _row_loss(input, target, ignore_index, objective, reduction)
@@ -217,7 +217,7 @@ def complement_statistics(input: Tensor, target: Tensor, *, ignore_index: int = 
     values: tuple[Tensor, ...]
     if _eager(input):
         values = RowStatistics.apply(logits, rows, ignore_index)  # type: ignore[no-untyped-call]
-    elif _forward_mode():
+    elif _plain_operations():
         values = differentiable.statistics(logits, rows, ignore_index)
     else:
         values = operators.statistics(logits, rows, ignore_index)
@@ -229,7 +229,7 @@ def _row_loss(input: Tensor, target: Tensor, ignore_index: int, objective: Objec
     loss: Tensor
     if _eager(input):
         loss = RowLoss.apply(logits, rows, ignore_index, objective, reduction)  # type: ignore[no-untyped-call]
-    elif _forward_mode():
+    elif _plain_operations():
         loss = differentiable.loss(logits, rows, ignore_index, objective).squeeze(1)
         loss = operators.reduce(loss, rows, ignore_index, reduction)
     else:
@@ -243,12 +243,13 @@ def _eager(input: Tensor) -> bool:
         type(input) in (Tensor, torch.nn.Parameter)
         and not input.is_meta
         and not operators.transformed()
-        and not _forward_mode()
+        and not _plain_operations()
     )
 
 
-def _forward_mode() -> bool:
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+def _plain_operations() -> bool:
+    """Where no operator can be called: in forward mode, and where a compiler traces a transform of torch.func."""
+    return operators.transformed() if torch.compiler.is_compiling() else forward_ad._current_level >= 0
 
 
 def _as_rows(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
