@@ -1,4 +1,4 @@
-"""The accuracy benchmark: its truth, what it writes and what counts as an error."""
+"""The accuracy benchmark: its truth, what it writes, and what README and docs/numerics.md say of its results."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 from benchmarks import numerics
+from cot_kernels.objectives import ComplementEntropyObjective
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "numerics.json"
 
 
 def error(result: dict[str, Any], name: str, dtype: str, which: str) -> float | None:
@@ -62,3 +66,39 @@ def test_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert error(confident, "published", "fp16", "median") is None
         assert confident["gradient_errors"]["published"]["fp16"]["rows_not_finite"] == confident["rows"]
         assert points[classes, 0]["eps"]["gradient_bias"] < 1e-5 < points[classes, 20]["eps"]["gradient_bias"]
+
+
+def test_committed_results_hold_what_the_pages_say() -> None:
+    results = json.loads(RESULTS.read_text())["results"]
+    for result in results:
+        worst = {dtype: error(result, "cot_kernels", dtype, "worst") for dtype in numerics.DTYPES}
+        assert all(value is not None for value in worst.values())
+        assert worst["fp32"] < 5e-6 and worst["fp16"] < worst["bf16"] < 2**-7
+        published = error(result, "published", "fp32", "median")
+        assert published is not None
+        if result["margin"] >= 20:
+            assert published > 0.1
+            assert result["eps"]["target_gradient"] > result["eps"]["miss"]
+        if result["margin"] >= 15:
+            assert error(result, "published", "fp16", "median") is None
+    many = next(result for result in results if (result["classes"], result["margin"]) == (32000, 10))
+    by_autograd, ours = (error(many, name, "fp32", "median") for name in ("partials by autograd", "cot_kernels"))
+    assert by_autograd is not None and ours is not None and by_autograd > 10 * ours
+
+
+@pytest.mark.parametrize("classes", [10, 1000, 32000])
+def test_balance_of_eps_and_cross_entropy(classes: int) -> None:
+    """What docs/numerics.md says of the ceiling: dl/dz_g = 1 - p_g near sqrt(eps (H - 1) / K)."""
+    entropy = torch.tensor([math.log(classes - 1)], dtype=torch.float64)
+    miss = (1e-7 * (entropy - 1) / classes).sqrt()
+    rows = ComplementEntropyObjective(1 / classes, 1e-7).rows(torch.logit(miss), -entropy)
+    assert (-rows.d_log_odds / miss).item() == pytest.approx(1, abs=0.1)
+
+
+def test_tables_are_those_of_the_committed_results() -> None:
+    try:
+        from benchmarks import readme
+    except ModuleNotFoundError as missing:  # the demo's table comes from the demo, which needs Lightning
+        pytest.skip(f"needs {missing.name}")
+    for page in readme.PAGES:
+        assert readme.filled(page) == page.read_text(), f"{page.name}: run make readme"
