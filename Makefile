@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread a test worker: with more, the workers' thread pools wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-gpu lint format compile-report bench-cpu bench-training readme clean
+.PHONY: demo test test-gpu lint format compile-report bench-cpu bench-training numerics readme clean
 
 demo: $(VENV)/.installed  ## Fine-tune a transformer on BBC News with and without COT; table, PNG and JSON in demo-results/
 	$(BIN)/python -m examples.demo --output demo-results
@@ -33,6 +33,9 @@ bench-cpu: $(VENV)/.installed  ## The losses beside the published operations and
 
 bench-training: $(VENV)/.installed  ## What the second step costs beside cross-entropy, on this CPU
 	$(BIN)/python -m benchmarks.training --output benchmarks/results/training.json
+
+numerics: $(VENV)/.installed  ## Gradient errors by logit margin and what eps does: JSON, and docs/numerics.png
+	$(BIN)/python -m benchmarks.numerics --output benchmarks/results/numerics.json --figure docs/numerics.png
 
 readme: $(VENV)/.installed  ## The tables of README and docs from the committed result files
 	$(BIN)/python -m benchmarks.readme

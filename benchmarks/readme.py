@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from examples.demo import markdown_table
 
 ROOT = Path(__file__).parents[1]
 CPU_RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 TRAINING_RESULTS = ROOT / "benchmarks" / "results" / "training.json"
+NUMERICS_RESULTS = ROOT / "benchmarks" / "results" / "numerics.json"
 DEMO_RESULTS = ROOT / "docs" / "demo" / "results.json"
 
 
@@ -40,6 +43,53 @@ def training_table() -> str:
     return "\n".join([*lines, "", f"{about['cpu']}, {about['threads']} threads; `benchmarks/results/training.json`."])
 
 
+def error_table(columns: dict[str, tuple[str, str]]) -> str:
+    """Median and worst row of gradient errors; a column is a curve of the report and a dtype."""
+
+    def cells(result: dict[str, Any]) -> list[str]:
+        errors = (result["gradient_errors"][name][dtype] for name, dtype in columns.values())
+        return [
+            "NaN" if error["median"] is None else f"{short(error['median'])} ({short(error['worst'])})"
+            for error in errors
+        ]
+
+    return margin_table(list(columns), cells)
+
+
+def float32_table() -> str:
+    return error_table({name: (name, "fp32") for name in ("published", "partials by autograd", "cot_kernels")})
+
+
+def half_table() -> str:
+    names = ("published", "cot_kernels")
+    return error_table({f"{name}, {dtype}": (name, dtype) for dtype in ("bf16", "fp16") for name in names})
+
+
+def eps_table() -> str:
+    columns = {"`1 - p_g`": "miss", "loss": "loss_bias", "gradient": "gradient_bias", "`dl/dz_g`": "target_gradient"}
+    return margin_table(list(columns), lambda result: [short(result["eps"][key]) for key in columns.values()])
+
+
+def margin_table(headings: list[str], cells: Callable[[dict[str, Any]], list[str]]) -> str:
+    """A row for each number of classes and every fifth margin of benchmarks/numerics.py."""
+    report = json.loads(NUMERICS_RESULTS.read_text())
+    lines = [f"| classes | margin | {' | '.join(headings)} |", "|---:|---:|" + "---:|" * len(headings)]
+    for result in report["results"]:
+        if result["margin"] % 5 == 0:
+            lines.append(f"| {result['classes']} | {result['margin']} | {' | '.join(cells(result))} |")
+    about = report["environment"]
+    return "\n".join([*lines, "", f"{about['cpu']}, torch {about['torch']}; `benchmarks/results/numerics.json`."])
+
+
+def short(value: float | None) -> str:
+    if value is None:
+        return "NaN"
+    if 0.01 <= abs(value) < 100:
+        return f"{value:.2g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
 def demo_table() -> str:
     note = (
         "BBC News (2,060 distinct stories of the 2,225 articles, cut to 40 tokens), 16 articles a topic, mean ± "
@@ -59,12 +109,24 @@ def fill(text: str, name: str, content: str) -> str:
     return filled
 
 
+PAGES: dict[Path, dict[str, Callable[[], str]]] = {
+    ROOT / "README.md": {"cpu": cpu_table, "demo": demo_table},
+    ROOT / "docs" / "training.md": {"training": training_table},
+    ROOT / "docs" / "numerics.md": {"float32": float32_table, "half": half_table, "eps": eps_table},
+}
+
+
+def filled(page: Path) -> str:
+    """The text of a page with the tables that the results call for."""
+    text = page.read_text()
+    for name, table in PAGES[page].items():
+        text = fill(text, name, table())
+    return text
+
+
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = fill(readme.read_text(), "cpu", cpu_table())
-    readme.write_text(fill(text, "demo", demo_table()))
-    training = ROOT / "docs" / "training.md"
-    training.write_text(fill(training.read_text(), "training", training_table()))
+    for page in PAGES:
+        page.write_text(filled(page))
 
 
 if __name__ == "__main__":
