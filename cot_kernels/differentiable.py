@@ -8,6 +8,7 @@ that it runs under every transform; a target out of range gives its row NaN.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -55,6 +56,8 @@ def _rows(logits: Tensor, target: Tensor, ignore_index: int) -> _Rows:
     mean = (weights * d).sum(1, True) / total
     log_total = total.log()
     target_logit = z.gather(1, index)
+    # Below this the odds underflow, and the second derivative of u ln u is 0 * ln 0.
+    smallest = math.log(torch.finfo(z.dtype).tiny)
     return _Rows(
         at_target=at_target,
         ignored=ignored,
@@ -65,7 +68,7 @@ def _rows(logits: Tensor, target: Tensor, ignore_index: int) -> _Rows:
         total=total,
         mean=mean,
         negentropy=mean - log_total,
-        log_odds=(shift - target_logit) + log_total,
+        log_odds=((shift - target_logit) + log_total).clamp(min=smallest),
         complement_lse=(shift + log_total).masked_fill(empty, -torch.inf),
     )
 
@@ -105,9 +108,7 @@ def loss(logits: Tensor, target: Tensor, ignore_index: int, objective: Objective
     return _mask(rows, objective.rows(rows.log_odds, rows.negentropy).loss)
 
 
-def loss_gradient(
-    logits: Tensor, target: Tensor, ignore_index: int, objective: Objective, upstream: Tensor
-) -> Tensor:
+def loss_gradient(logits: Tensor, target: Tensor, ignore_index: int, objective: Objective, upstream: Tensor) -> Tensor:
     """The gradient of ``sum_n upstream_n l(b_n, S_n)``, by the partials of the objective."""
     rows = _rows(logits, target, ignore_index)
     _, d_log_odds, d_negentropy = objective.rows(rows.log_odds, rows.negentropy)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from numbers import Real
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from cot_kernels import differentiable, operators
+from cot_kernels import differentiable, distributed, operators
 from cot_kernels.autograd import RowLoss, RowStatistics
 from cot_kernels.objectives import (
     ComplementEntropyObjective,
@@ -213,20 +214,31 @@ def complement_statistics(input: Tensor, target: Tensor, *, ignore_index: int = 
         tensor([1.0986])
     """
     _check(input, target, ignore_index, "none")
-    logits, rows = _as_rows(input, target)
+    return ComplementStatistics(*_statistics(input, target, ignore_index))
+
+
+def _statistics(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
     values: tuple[Tensor, ...]
+    if distributed.is_dtensor(input):
+        values, _ = distributed.by_rows(partial(_statistics, ignore_index=ignore_index), input, target)
+        return values
+    logits, rows = _as_rows(input, target)
     if _eager(input):
         values = RowStatistics.apply(logits, rows, ignore_index)  # type: ignore[no-untyped-call]
     elif _plain_operations():
         values = differentiable.statistics(logits, rows, ignore_index)
     else:
         values = operators.statistics(logits, rows, ignore_index)
-    return ComplementStatistics(*(value.reshape(target.shape) for value in values))
+    return tuple(value.reshape(target.shape) for value in values)
 
 
 def _row_loss(input: Tensor, target: Tensor, ignore_index: int, objective: Objective, reduction: str) -> Tensor:
-    logits, rows = (input, target) if input.dim() == 2 else _as_rows(input, target)
     loss: Tensor
+    if distributed.is_dtensor(input):
+        rows_of_rank = partial(_row_loss, ignore_index=ignore_index, objective=objective, reduction="none")
+        (loss,), target = distributed.by_rows(lambda input, target: (rows_of_rank(input, target),), input, target)
+        return operators.reduce(loss, target, ignore_index, reduction, distributed.replicate)
+    logits, rows = (input, target) if input.dim() == 2 else _as_rows(input, target)
     if _eager(input):
         loss = RowLoss.apply(logits, rows, ignore_index, objective, reduction)  # type: ignore[no-untyped-call]
     elif _plain_operations():
@@ -308,6 +320,8 @@ def _check(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> 
             f"input must have at least 2 classes, got {num_classes} in shape {tuple(shape)}: the complement of the "
             "target would be empty"
         )
+    if distributed.is_dtensor(input) or distributed.is_dtensor(target):
+        distributed.check(input, target)
     if input.device != target.device:
         raise ValueError(f"input and target must be on one device, got {input.device} and {target.device}")
     if reduction not in _REDUCTIONS:

@@ -314,8 +314,15 @@ def statistics(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tenso
     return values[:3]
 
 
-def reduce(loss: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+def reduce(
+    loss: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    reduction: str,
+    whole: Callable[[Tensor], Tensor] = lambda total: total,
+) -> Tensor:
+    """Sum or mean of row losses in the shape of the target; ``whole`` makes a sum over some ranks one over all."""
     if reduction == "none":
         return loss
-    total = loss.sum()
-    return total if reduction == "sum" else total / (target != ignore_index).sum()
+    total = whole(loss.sum())
+    return total if reduction == "sum" else total / whole((target != ignore_index).sum())

@@ -185,9 +185,7 @@ def _few(logits: Tensor, index: Tensor, target_logit: Tensor, objective: Objecti
     return loss, grad
 
 
-def _many(
-    logits: Tensor, index: Tensor, target_logit: Tensor, objective: Objective
-) -> tuple[Tensor, Tensor, Tensor]:
+def _many(logits: Tensor, index: Tensor, target_logit: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses, and what the gradient of their sum needs: the shift, and the coefficients."""
     rows = _statistics(logits, index, target_logit)
     row_loss, d_log_odds, d_negentropy = objective.rows(rows.log_odds, rows.negentropy)

@@ -181,27 +181,28 @@ def statistics_gradient(
 def _coefficients(
     state: Tensor, negentropy: Tensor, d_target_logit: Tensor, d_complement_lse: Tensor, d_negentropy: Tensor
 ) -> Tensor:
-    """The state with what reaches the three statistics in the place of an objective's partials."""
-    state = state.clone()
+    """A state of which only the first two rows are taken, with what reaches the statistics as the partials."""
+    coefficients = torch.empty((5, state.shape[1]), dtype=state.dtype, device=state.device)
     slope, d_lse, at_target = (each.reshape(-1) for each in (d_negentropy, d_complement_lse, d_target_logit))
-    torch.mul(slope, math.log(2), out=state[2])
-    torch.sub(slope * negentropy, d_lse, out=state[3])
-    state[4] = at_target
-    return state
+    coefficients[:2] = state[:2]
+    torch.mul(slope, math.log(2), out=coefficients[2])
+    torch.sub(slope * negentropy, d_lse, out=coefficients[3])
+    coefficients[4] = at_target
+    return coefficients
 
 
 # The same by rows, for the registered operators: what is handed on is one tensor, whose shape follows from that of the
 # target alone.
 
 LOSS_STATE = 5  # see statistics.finish
-STATISTICS_STATE = 6  # and S
+STATISTICS_STATE = 3  # shift, log2 s, S
 
 
 def row_loss(logits: Tensor, target: Tensor, ignore_index: int, objective: Objective) -> tuple[Tensor, Tensor]:
     """Row losses in the shape of the target, and the state, [LOSS_STATE, *target.shape]."""
     with _on_device_of(logits):
         values, _, state = _forward(logits, target, ignore_index, objective, False)
-    return values.view(target.shape), state.view(-1, *target.shape)
+    return values.view(target.shape), state.view(LOSS_STATE, *target.shape)
 
 
 def row_loss_gradient(logits: Tensor, target: Tensor, ignore_index: int, state: Tensor, upstream: Tensor) -> Tensor:
@@ -213,7 +214,8 @@ def row_statistics(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[T
     *values, (_, state, saved) = statistics(logits, target, ignore_index)
     assert state is not None and saved is not None
     target_logit, complement_lse, negentropy = (value.view(target.shape) for value in values)
-    return target_logit, complement_lse, negentropy, torch.cat((state, saved[2:])).view(-1, *target.shape)
+    state = torch.cat((state[:2], saved[2:])).view(STATISTICS_STATE, *target.shape)
+    return target_logit, complement_lse, negentropy, state
 
 
 def row_statistics_gradient(
@@ -225,6 +227,6 @@ def row_statistics_gradient(
     d_complement_lse: Tensor,
     d_negentropy: Tensor,
 ) -> Tensor:
-    rows, negentropy = state[:5].flatten(1), state[5].flatten()
-    coefficients = _coefficients(rows, negentropy, d_target_logit, d_complement_lse, d_negentropy)
+    state = state.flatten(1)
+    coefficients = _coefficients(state, state[2], d_target_logit, d_complement_lse, d_negentropy)
     return gradient(logits, (target.contiguous(), coefficients, None), coefficients.new_ones(()))

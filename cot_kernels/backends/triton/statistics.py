@@ -238,6 +238,9 @@ def finish(
         kept = tl.where(stray, nan, tl.where(wanted, negentropy, 0.0))
         tl.store(values_pointer + 2 * num_rows + rows, kept, mask=inside)
     else:
+        # The state is handed on whole: what an ignored row holds must not show in it.
+        log_odds = tl.where(wanted, log_odds, 0.0)
+        negentropy = tl.where(wanted, negentropy, 0.0)
         # tl.full, for it takes a float64 argument as well as the Python float of the interpreter without rounding.
         loss, d_log_odds, d_negentropy = OBJECTIVE(
             log_odds,

@@ -1,0 +1,212 @@
+"""torch.compile, torch.export, fake and meta tensors, and the registered operators that serve them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from oracle import CASES, Case
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+
+import cot_kernels
+from cot_kernels import operators
+
+Call = Callable[[Tensor, Tensor], Tensor]
+
+# Operators take no short way for small problems, so one of the two ways of ATen is enough.
+on_both_backends = pytest.mark.parametrize(
+    "device", ["aten", pytest.param("triton", marks=pytest.mark.gpu)], indirect=True
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def problem(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(shape, generator=generator, dtype=dtype)
+    return logits, torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)
+
+
+def both(loss: Call, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = logits.detach().requires_grad_()
+    value = loss(leaf, target)
+    value.sum().backward()
+    assert leaf.grad is not None
+    return value.detach(), leaf.grad
+
+
+CALLS: dict[str, Call] = {
+    **{str(case): case.loss for case in CASES},
+    "module": cot_kernels.ComplementEntropy(10),
+    "sum, ignoring a class": lambda logits, target: cot_kernels.complement_entropy(
+        logits, target, ignore_index=3, reduction="sum", normalization="entropy"
+    ),
+    "unreduced": lambda logits, target: cot_kernels.guided_complement_entropy(logits, target, reduction="none"),
+    "statistics": lambda logits, target: torch.stack(tuple(cot_kernels.complement_statistics(logits, target))),
+}
+
+
+@on_both_backends
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", CALLS)
+def test_compiled_whole(name: str, dynamic: bool, device: torch.device) -> None:
+    """One graph, the eager values, and with dynamic shapes one compilation for every batch size."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(CALLS[name], fullgraph=True, dynamic=dynamic, backend=counter)
+    compilations = []
+    for rows in (4, 6, 300):
+        logits, target = (each.to(device) for each in problem(rows, 10, seed=rows))
+        torch.testing.assert_close(
+            both(compiled, logits, target), both(CALLS[name], logits, target), rtol=1e-6, atol=1e-7
+        )
+        compilations.append(counter.frame_count)
+    assert compilations[0] > 0
+    assert compilations[-1] == compilations[0] if dynamic else compilations[-1] > compilations[0]
+
+
+@on_both_backends
+@pytest.mark.parametrize(("shape", "dtype"), [((64, 1000), torch.float32), ((2, 21, 6, 5), torch.bfloat16)], ids=str)
+def test_compiled_by_inductor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """A head, the loss and the backward pass of both in one compiled step."""
+    scale = torch.tensor(1.5, dtype=dtype, device=device)
+    logits, target = (each.to(device) for each in problem(*shape))
+
+    def step(logits: Tensor, target: Tensor) -> Tensor:
+        return cot_kernels.complement_cross_entropy(logits * scale, target) * 2
+
+    # Its cache knows a graph by its code, which does not tell the backend that the test has chosen.
+    with torch._inductor.config.patch(force_disable_caches=True):
+        compiled = both(torch.compile(step, fullgraph=True), logits.to(dtype), target)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(compiled, both(step, logits.to(dtype), target), rtol=tolerance, atol=tolerance / 10)
+
+
+def test_errors_and_warnings_under_the_compiler() -> None:
+    compiled = torch.compile(cot_kernels.complement_entropy, backend="aot_eager")
+    logits, target = problem(3, 5)
+    with pytest.raises(TypeError, match=r"integer class indices, got torch\.float32"):
+        compiled(logits, logits[:, 0])
+    with pytest.raises(ValueError, match=r"target must have shape \(3,\)"):
+        compiled(logits, target[:2])
+    with pytest.raises(IndexError, match="target 9 is out of bounds for 5 classes"):
+        compiled(logits, torch.tensor([0, 1, 9]))
+    whole = torch.compile(cot_kernels.complement_entropy, fullgraph=True, backend="aot_eager")
+    whole(logits[:, :2], target % 2)  # the warning of two classes would break the graph
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 7)
+        self.criterion = cot_kernels.ComplementCrossEntropy(7)
+
+    def forward(self, inputs: Tensor, target: Tensor) -> Tensor:
+        loss: Tensor = self.criterion(self.head(inputs), target)
+        return loss
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict: bool) -> None:
+    """A model with its loss, for any batch size, there and back through a file."""
+    model = Classifier()
+    rows = torch.export.Dim("rows", min=2)
+    example = (torch.randn(4, 5), torch.randint(7, (4,)))
+    shapes = {"inputs": {0: rows}, "target": {0: rows}}
+    program = torch.export.export(model, example, dynamic_shapes=shapes, strict=strict)
+    assert "cot_kernels.row_loss.default" in {str(node.target) for node in program.graph.nodes}
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    inputs, target = torch.randn(9, 5), torch.randint(7, (9,))
+    torch.testing.assert_close(loaded(inputs, target), model(inputs, target))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_meta_and_fake_tensors(case: Case) -> None:
+    """Shapes and dtypes without arithmetic: what memory planners and deferred initialisation ask for."""
+    for reduction, shape in (("mean", ()), ("none", (3, 4))):
+        leaf = torch.empty(3, 7, 4, device="meta", dtype=torch.bfloat16).requires_grad_()
+        loss = case.loss(leaf, torch.empty(3, 4, device="meta", dtype=torch.long), reduction=reduction)
+        loss.sum().backward()
+        assert loss.shape == shape and loss.is_meta and loss.dtype == torch.float32
+        assert leaf.grad is not None and leaf.grad.shape == leaf.shape and leaf.grad.dtype == leaf.dtype
+        with FakeTensorMode():
+            fake = torch.randn(3, 7, 4, requires_grad=True)
+            loss = case.loss(fake, torch.zeros(3, 4, dtype=torch.long), reduction=reduction)
+            loss.sum().backward()
+            assert loss.shape == shape and fake.grad is not None and fake.grad.shape == fake.shape
+
+
+OPERANDS = [
+    pytest.param((6, 7), torch.float32, id="matrix"),
+    pytest.param((6, 7), torch.float64, id="float64"),
+    pytest.param((4, 9), torch.bfloat16, id="half"),
+    pytest.param((3, 5, 4), torch.float32, id="class-major"),
+    pytest.param((0, 5), torch.float32, id="no rows"),
+    pytest.param((2, 5, 0), torch.float32, id="no columns"),
+]
+
+
+def check_loss(
+    shape: tuple[int, ...], dtype: torch.dtype, objective: str, parameters: list[float], device: Any
+) -> None:
+    logits, target = (each.to(device) for each in problem(*shape, dtype=dtype))
+    logits.requires_grad_()
+    target.view(-1)[1:2] = -100
+    arguments = (logits, target, -100, objective, parameters)
+    torch.library.opcheck(operators.row_loss, arguments)
+    loss, state = operators.row_loss(*arguments)
+    upstream = torch.randn_like(loss).requires_grad_()
+    torch.library.opcheck(operators.row_loss_gradient, (*arguments, state, upstream))
+
+
+@on_both_backends
+@pytest.mark.parametrize(("shape", "dtype"), OPERANDS)
+def test_opcheck_of_operands(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    check_loss(shape, dtype, "complement_entropy", [0.2, 1e-7], device)
+
+
+@on_both_backends
+@pytest.mark.parametrize(
+    ("objective", "parameters"), [("guided_complement_entropy", [0.6, 1e-7, 0.3]), ("cross_entropy", [1.0, 0.2])]
+)
+def test_opcheck_of_objectives(objective: str, parameters: list[float], device: torch.device) -> None:
+    check_loss((6, 7), torch.float32, objective, parameters, device)
+
+
+@on_both_backends
+@pytest.mark.parametrize(("shape", "dtype"), OPERANDS)
+def test_opcheck_of_statistics(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    logits, target = (each.to(device) for each in problem(*shape, dtype=dtype))
+    logits.requires_grad_()
+    torch.library.opcheck(operators.row_statistics, (logits, target, -100))
+    *values, state = operators.row_statistics(logits, target, -100)
+    upstreams: list[Any] = [torch.randn_like(value).requires_grad_() for value in values]
+    torch.library.opcheck(operators.row_statistics_gradient, (logits, target, -100, state, *upstreams))
+
+
+@on_both_backends
+@pytest.mark.parametrize("layout", ["dense", "transposed", "every other class", "expanded"])
+def test_operators_keep_to_the_strides_they_announce(layout: str, device: torch.device) -> None:
+    logits, target = (each.to(device) for each in problem(6, 8))
+    strided = {
+        "dense": logits,
+        "transposed": logits.t().contiguous().t(),
+        "every other class": logits.repeat_interleave(2, 1)[:, ::2],
+        "expanded": logits[:1].expand(6, 8),
+    }[layout]
+    arguments = (strided.detach().requires_grad_(), target, -100, "cross_entropy", [1.0, 0.0])
+    torch.library.opcheck(operators.row_loss, arguments)
+    loss, state = operators.row_loss(*arguments)
+    torch.library.opcheck(operators.row_loss_gradient, (*arguments, state, torch.ones_like(loss)))
