@@ -38,7 +38,7 @@ def check(input: Any, target: Any) -> None:
 
 
 def by_rows(function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], input: Any, target: Any) -> tuple[Any, Any]:
-    """``function`` of each rank's rows, its results, shaped like the target, as DTensors; and the target beside them."""
+    """``function`` of each rank's rows: its results, shaped like the target, as DTensors, and the target too."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     mesh = input.device_mesh

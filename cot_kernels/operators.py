@@ -117,7 +117,7 @@ class RowLossRule(torch.autograd.Function):
     def forward(
         logits: Tensor, target: Tensor, ignore_index: int, objective: str, parameters: list[float]
     ) -> tuple[Tensor, Tensor]:
-        return row_loss(logits, target, ignore_index, objective, parameters)
+        return row_loss(logits, target, ignore_index, objective, parameters)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -145,7 +145,7 @@ class RowLossGradientRule(torch.autograd.Function):
         state: Tensor,
         upstream: Tensor,
     ) -> Tensor:
-        return row_loss_gradient(logits, target, ignore_index, objective, parameters, state, upstream)
+        return row_loss_gradient(logits, target, ignore_index, objective, parameters, state, upstream)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -171,7 +171,7 @@ class RowStatisticsRule(torch.autograd.Function):
 
     @staticmethod
     def forward(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return row_statistics(logits, target, ignore_index)
+        return row_statistics(logits, target, ignore_index)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -200,7 +200,7 @@ class RowStatisticsGradientRule(torch.autograd.Function):
         d_negentropy: Tensor,
     ) -> Tensor:
         upstreams = (d_target_logit, d_complement_lse, d_negentropy)
-        return row_statistics_gradient(logits, target, ignore_index, state, *upstreams)
+        return row_statistics_gradient(logits, target, ignore_index, state, *upstreams)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -252,7 +252,7 @@ def _fold(tensor: Tensor, dim: int | None, size: int, rows_at: int = 0) -> Tenso
 
 
 def _unfold(tensor: Tensor, like: Tensor, size: int, rows_at: int = 0) -> Tensor:
-    return tensor.unflatten(rows_at, (size, like.shape[0] // max(size, 1)))
+    return tensor.reshape(*tensor.shape[:rows_at], size, like.shape[0] // max(size, 1), *tensor.shape[rows_at + 1 :])
 
 
 @row_loss.register_vmap
@@ -292,10 +292,10 @@ def _(info: Any, in_dims: Batched, logits: Tensor, target: Tensor, ignore_index:
 
 # Autocast.
 
-_library = torch.library.Library("cot_kernels", "FRAGMENT")
+_library = torch.library.Library("cot_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _operator in (row_loss, row_loss_gradient, row_statistics, row_statistics_gradient):
     for _key in ("AutocastCPU", "AutocastCUDA"):
-        _library.impl(_operator._opoverload, torch.library.fallthrough_kernel, _key)
+        _library.impl(_operator._opoverload, torch.library.fallthrough_kernel, _key)  # type: ignore[no-untyped-call]
 
 
 # What functional calls.
