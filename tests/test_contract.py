@@ -309,6 +309,8 @@ def test_normalizations(normalization: str, divisor: float, device: torch.device
     torch.testing.assert_close(both, F.cross_entropy(logits, target) + 3 * negentropy / divisor)
 
 
+WORDS = numpy.array(["mean", "classes"])  # compared with a word, an array has no truth value
+
 BAD_CALLS: list[tuple[type[Exception], str, tuple[Any, Any], dict[str, Any]]] = [
     (TypeError, "input must be a Tensor, got list", ([[1.0, 2.0]], torch.tensor([0])), {}),
     (TypeError, "target must be a Tensor, got int", (torch.zeros(2, 3), 1), {}),
@@ -355,6 +357,9 @@ def test_bad_input(
         (cot_kernels.complement_entropy, {"eps": -1e-7}, ValueError, "eps must be at least 0, got -1e-07"),
         (cot_kernels.complement_entropy, {"eps": math.nan}, ValueError, "eps must be finite, got nan"),
         (cot_kernels.complement_entropy, {"eps": "1e-7"}, TypeError, "eps must be a number, got str"),
+        (cot_kernels.complement_entropy, {"eps": 10**400}, ValueError, "eps must be finite, got 1000"),
+        (cot_kernels.complement_entropy, {"eps": 1e300}, ValueError, r"eps must be at most 1e\+30 in magnitude"),
+        (cot_kernels.complement_cross_entropy, {"gamma": -1e39}, ValueError, r"gamma must be at most 1e\+30"),
         (cot_kernels.complement_entropy, {"eps": True}, TypeError, "eps must be a number, got bool"),
         (cot_kernels.complement_entropy, {"ignore_index": True}, TypeError, "ignore_index must be an int, got bool"),
         (cot_kernels.complement_entropy, {"ignore_index": 2**70}, ValueError, "ignore_index must fit in 64 bits"),
@@ -363,6 +368,13 @@ def test_bad_input(
         (cot_kernels.guided_complement_entropy, {"eps": -1.0}, ValueError, "eps must be at least 0"),
         (cot_kernels.complement_cross_entropy, {"gamma": math.inf}, ValueError, "gamma must be finite, got inf"),
         (cot_kernels.complement_cross_entropy, {"normalization": None}, ValueError, "normalization must be one of"),
+        (
+            cot_kernels.complement_entropy,
+            {"normalization": WORDS},
+            ValueError,
+            "normalization must be one of .* ndarray",
+        ),
+        (cot_kernels.complement_entropy, {"reduction": WORDS}, ValueError, "reduction must be one of .* got ndarray"),
     ],
 )
 def test_bad_options(loss: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -376,6 +388,19 @@ def test_tensors_that_are_not_dense_are_refused() -> None:
         cot_kernels.complement_entropy(torch.eye(2, 3).to_sparse(), target)
     with pytest.raises(TypeError, match="target must be a dense tensor"):
         cot_kernels.complement_entropy(torch.eye(2, 3), target.to_sparse())
+
+
+def test_nested_tensors_are_refused() -> None:
+    logits, target = torch.eye(2, 3), torch.zeros(2, dtype=torch.long)
+    nested = [
+        torch.nested.nested_tensor(list(each), layout=torch.jagged) for each in (logits, torch.stack([target] * 2))
+    ]
+    with pytest.raises(TypeError, match="input must be a dense tensor, got a nested one"):
+        cot_kernels.complement_entropy(nested[0], target)
+    with pytest.raises(TypeError, match="target must be a dense tensor, got a nested one"):
+        cot_kernels.complement_entropy(logits, nested[1])
+    with pytest.raises(TypeError, match="input must be a dense tensor, got a nested one"):
+        cot_kernels.ComplementEntropy(3)(nested[0], target)
 
 
 def test_tensors_on_two_devices_are_refused() -> None:
