@@ -403,6 +403,15 @@ def test_nested_tensors_are_refused() -> None:
         cot_kernels.ComplementEntropy(3)(nested[0], target)
 
 
+@pytest.mark.parametrize("ignore_index", [-100, 0])
+def test_tensors_without_values_have_a_loss_without_one(ignore_index: int) -> None:
+    """On the meta device shapes follow, whether or not targets would have to be looked at."""
+    logits, target = torch.zeros(2, 3, device="meta").requires_grad_(), torch.zeros(2, dtype=torch.long, device="meta")
+    loss = cot_kernels.complement_entropy(logits, target, ignore_index=ignore_index)
+    loss.backward()
+    assert loss.is_meta and loss.shape == () and logits.grad is not None and logits.grad.is_meta
+
+
 def test_tensors_on_two_devices_are_refused() -> None:
     with pytest.raises(ValueError, match="input and target must be on one device, got cpu and meta"):
         cot_kernels.complement_entropy(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long, device="meta"))
