@@ -41,6 +41,7 @@ from cot_kernels.objectives import (
 _REDUCTIONS = ("mean", "sum", "none")
 _NORMALIZATIONS = ("classes", "complement", "entropy", "none")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LARGEST = 1e30  # an eps, alpha or gamma beyond it would overflow float32 on the way
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -277,14 +278,13 @@ def _as_rows(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scale(normalization: str, num_classes: int) -> float:
+    _check_word("normalization", normalization, _NORMALIZATIONS)
     if normalization == "classes":
         return 1 / num_classes
     if normalization == "complement":
         return 1 / (num_classes - 1)
     if normalization == "none":
         return 1.0
-    if normalization != "entropy":
-        raise ValueError(f"normalization must be one of {', '.join(_NORMALIZATIONS)}, got {normalization!r}")
     if num_classes == 2:
         raise ValueError(
             "normalization='entropy' divides by ln(K - 1), which is 0 for the K = 2 classes of input: use at least 3 "
@@ -300,6 +300,9 @@ def _check(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> 
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
     if input.dtype not in _FLOATS:
         raise TypeError(f"input must be float32, bfloat16, float16 or float64 logits, got {input.dtype}")
+    if input.is_nested or target.is_nested:
+        name = "input" if input.is_nested else "target"
+        raise TypeError(f"{name} must be a dense tensor, got a nested one: pad it")
     if input.layout is not torch.strided or target.layout is not torch.strided:
         name, layout = ("input", input.layout) if input.layout is not torch.strided else ("target", target.layout)
         raise TypeError(f"{name} must be a dense tensor, got layout {layout}: convert it with to_dense()")
@@ -324,8 +327,7 @@ def _check(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> 
         distributed.check(input, target)
     if input.device != target.device:
         raise ValueError(f"input and target must be on one device, got {input.device} and {target.device}")
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+    _check_word("reduction", reduction, _REDUCTIONS)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if not -(2**63) <= ignore_index < 2**63:
@@ -333,11 +335,22 @@ def _check(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> 
     return num_classes
 
 
+def _check_word(name: str, value: str, words: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in words:
+        got = repr(value) if isinstance(value, str) else type(value).__name__
+        raise ValueError(f"{name} must be one of {', '.join(words)}, got {got}")
+
+
 def _check_finite(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:  # torch.compile cannot trace math.isfinite of a symbolic number
-        raise ValueError(f"{name} must be finite, got {value}")
+    try:
+        size = abs(float(value))
+    except OverflowError:  # an int that no float can hold
+        size = math.inf
+    if not size <= _LARGEST:
+        wanted = f"at most {_LARGEST:g} in magnitude" if size < math.inf else "finite"
+        raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
 def _check_nonnegative(name: str, value: float) -> None:

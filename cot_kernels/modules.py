@@ -15,12 +15,13 @@ class _Loss(nn.Module):
     def __init__(self, num_classes: int | None, **arguments: Any) -> None:
         super().__init__()
         if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 2):
-            raise ValueError(f"num_classes must be None or an int of at least 2, got {num_classes!r}")
+            got = num_classes if isinstance(num_classes, int) else type(num_classes).__name__
+            raise ValueError(f"num_classes must be None or an int of at least 2, got {got}")
         self.num_classes = num_classes
         self.arguments = arguments
 
     def _check_classes(self, input: Tensor) -> None:
-        if self.num_classes is None or not isinstance(input, Tensor) or not input.dim():
+        if self.num_classes is None or not isinstance(input, Tensor) or input.is_nested or not input.dim():
             return
         got = input.shape[min(1, input.dim() - 1)]
         if got != self.num_classes:

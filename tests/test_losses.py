@@ -139,8 +139,9 @@ def test_masked_classes_are_absent(case: Case, classes: int, device: torch.devic
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_one_finite_complement_class_and_none(case: Case, device: torch.device) -> None:
-    logits = torch.full((3, 5), -torch.inf, device=device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_finite_complement_class_and_none(case: Case, dtype: torch.dtype, device: torch.device) -> None:
+    logits = torch.full((3, 5), -torch.inf, dtype=dtype, device=device)
     logits[0, :2] = torch.tensor([1.0, 2.0])  # target and one other
     logits[1, 0] = 3.0  # the target alone
     logits[2, 1:3] = torch.tensor([0.5, 0.25])  # the target itself is masked
