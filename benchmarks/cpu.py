@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from rich.console import Console
@@ -29,7 +30,9 @@ from cot_kernels import reference
 CASES = ((128, 10, 200), (256, 1000, 40), (4096, 100, 20), (1024, 1000, 15), (512, 32000, 3), (128, 151936, 3))
 ROUNDS = 7
 
-PROVIDERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+PROVIDERS: dict[str, Loss] = {
     "published": reference.complement_entropy,
     "F.cross_entropy": F.cross_entropy,
     "complement_entropy": cot_kernels.complement_entropy,
@@ -38,7 +41,7 @@ PROVIDERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def seconds(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor, calls: int) -> list[float]:
+def seconds(loss: Loss, logits: Tensor, target: Tensor, calls: int) -> list[float]:
     """Wall times of forward + backward; the first call of a round warms up and is not counted."""
     times = []
     for _ in range(calls + 1):
@@ -49,14 +52,14 @@ def seconds(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Te
     return times[1:]
 
 
-def measure(rows: int, classes: int, calls: int) -> dict[str, float]:
+def measure(rows: int, classes: int, calls: int, providers: dict[str, Loss]) -> dict[str, float]:
     """Median microseconds of each provider."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(rows, classes, generator=generator).requires_grad_()
     target = torch.randint(classes, (rows,), generator=generator)
-    times: dict[str, list[float]] = {name: [] for name in PROVIDERS}
+    times: dict[str, list[float]] = {name: [] for name in providers}
     for _ in range(ROUNDS):
-        for name, loss in PROVIDERS.items():
+        for name, loss in providers.items():
             times[name] += seconds(loss, logits, target, calls)
     return {name: statistics.median(values) * 1e6 for name, values in times.items()}
 
@@ -74,31 +77,32 @@ def environment(threads: int) -> dict[str, str | int]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(description: str, title: str, cases: tuple[tuple[int, int, int], ...], providers: dict[str, Loss]) -> None:
+    """Measures every case, prints each provider's times beside the first one's, and writes them where told."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    results = [
-        {"rows": rows, "classes": classes, "microseconds": measure(rows, classes, calls)}
-        for rows, classes, calls in track(CASES, "measuring", console=Console(stderr=True))
+    measured = [
+        (rows, classes, measure(rows, classes, calls, providers))
+        for rows, classes, calls in track(cases, "measuring", console=Console(stderr=True))
     ]
-    table = Table(title="forward + backward: times faster than the published operations (medians)")
+    table = Table(title=title)
     table.add_column("rows x classes")
-    for name in PROVIDERS:
+    for name in providers:
         table.add_column(name, justify="right")
-    for result in results:
-        times = result["microseconds"]
-        assert isinstance(times, dict)
-        ratios = (f"{times['published'] / value:.2f}" for value in times.values())
-        table.add_row(f"{result['rows']} x {result['classes']}", *ratios)
+    for rows, classes, times in measured:
+        first = next(iter(times.values()))
+        table.add_row(f"{rows} x {classes}", *(f"{first / value:.2f}" for value in times.values()))
     Console().print(table)
     if arguments.output:
+        results = [{"rows": rows, "classes": classes, "microseconds": times} for rows, classes, times in measured]
         report = {"environment": environment(arguments.threads), "results": results}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    title = "forward + backward: times faster than the published operations (medians)"
+    run(__doc__ or "", title, CASES, PROVIDERS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,24 @@ from examples.demo import markdown_table
 
 ROOT = Path(__file__).parents[1]
 CPU_RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
+DISPATCH_RESULTS = ROOT / "benchmarks" / "results" / "dispatch.json"
 TRAINING_RESULTS = ROOT / "benchmarks" / "results" / "training.json"
 NUMERICS_RESULTS = ROOT / "benchmarks" / "results" / "numerics.json"
 DEMO_RESULTS = ROOT / "docs" / "demo" / "results.json"
 
 
-def cpu_table() -> str:
-    report = json.loads(CPU_RESULTS.read_text())
+def ratio_table(results: Path) -> str:
+    """How many times faster than the first provider each one of benchmarks/cpu.py or dispatch.py is."""
+    report = json.loads(results.read_text())
     names = list(report["results"][0]["microseconds"])
     lines = [f"| rows x classes | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
     for result in report["results"]:
         times = result["microseconds"]
-        ratios = (f"{times['published'] / times[name]:.2f}" for name in names)
+        ratios = (f"{times[names[0]] / times[name]:.2f}" for name in names)
         lines.append(f"| {result['rows']} x {result['classes']} | {' | '.join(ratios)} |")
     about = report["environment"]
-    note = (
-        f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, float32; `benchmarks/results/cpu.json`."
-    )
+    source = results.relative_to(ROOT)
+    note = f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, float32; `{source}`."
     return "\n".join([*lines, "", note])
 
 
@@ -110,7 +112,8 @@ def fill(text: str, name: str, content: str) -> str:
 
 
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
-    ROOT / "README.md": {"cpu": cpu_table, "demo": demo_table},
+    ROOT / "README.md": {"cpu": partial(ratio_table, CPU_RESULTS), "demo": demo_table},
+    ROOT / "docs" / "pytorch.md": {"dispatch": partial(ratio_table, DISPATCH_RESULTS)},
     ROOT / "docs" / "training.md": {"training": training_table},
     ROOT / "docs" / "numerics.md": {"float32": float32_table, "half": half_table, "eps": eps_table},
 }

@@ -210,3 +210,18 @@ def test_operators_keep_to_the_strides_they_announce(layout: str, device: torch.
     torch.library.opcheck(operators.row_loss, arguments)
     loss, state = operators.row_loss(*arguments)
     torch.library.opcheck(operators.row_loss_gradient, (*arguments, state, torch.ones_like(loss)))
+
+
+def test_shapes_on_a_gpu_that_is_not_there() -> None:
+    """The operators announce the state of the backend that will run them, which is the device's."""
+    from cot_kernels.backends.triton import backend
+
+    with FakeTensorMode():
+        logits = torch.empty(8, 100, 3, device="cuda", dtype=torch.bfloat16)
+        target = torch.empty(8, 3, device="cuda", dtype=torch.long)
+        assert cot_kernels.complement_entropy(logits, target).device.type == "cuda"
+        _, state = operators.row_loss(logits, target, -100, "cross_entropy", [1.0, 0.0])
+        assert state.shape == (backend.LOSS_STATE, 8, 3) and state.dtype == torch.float32
+        upstream = state.new_empty(target.shape)
+        gradient = operators.row_loss_gradient(logits, target, -100, "cross_entropy", [1.0, 0.0], state, upstream)
+        assert gradient.shape == logits.shape and gradient.dtype == logits.dtype

@@ -62,6 +62,19 @@ def _equal_to_one_process(shape: tuple[int, ...], reduction: str, mesh: Any) -> 
         torch.testing.assert_close(value.full_tensor(), expected)
 
 
+def _compiled(mesh: Any) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    logits, target = (distribute_tensor(each, mesh, [Shard(0)]) for each in _problem((5, 7)))
+    leaf = logits.requires_grad_()
+    loss = torch.compile(cot_kernels.complement_entropy, fullgraph=True, backend="aot_eager")(leaf, target)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    expected = cot_kernels.complement_entropy(leaf, target)
+    torch.testing.assert_close(loss.full_tensor(), expected.full_tensor())
+    (expected_gradient,) = torch.autograd.grad(expected, leaf)
+    torch.testing.assert_close(gradient.full_tensor(), expected_gradient.full_tensor())
+
+
 def _refusals(mesh: Any) -> None:
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -86,6 +99,7 @@ def _rank(rank: int, meeting_point: str) -> None:
         for shape in SHAPES:
             for reduction in ("mean", "sum", "none"):
                 _equal_to_one_process(shape, reduction, mesh)
+        _compiled(mesh)
         _refusals(mesh)
     finally:
         torch.distributed.destroy_process_group()
