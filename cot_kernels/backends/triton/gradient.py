@@ -71,19 +71,23 @@ def gradient_kernel(
         grad_base = row_pointers(grad_pointer, row, inner, grad_stride_n, grad_stride_d)
         head = misalignment(base, ALIGN)
         start = tile * BLOCK - head
-        pointers = step_back(base, head, ALIGN) + (tile * BLOCK + columns)
-        grad_pointers = step_back(grad_base, head, ALIGN) + (tile * BLOCK + columns)
-        classes = start + columns
-        mask = (classes >= 0) & (classes < num_classes)
+        pointers = step_back(base, head, ALIGN) + tile * BLOCK
+        grad_pointers = step_back(grad_base, head, ALIGN) + tile * BLOCK
+        # Masks, and all that is for the edges, are formed within the branches that need them: most tiles do without.
         if log_total == float("inf"):  # ignored
-            tl.store(grad_pointers, tl.zeros([BLOCK], out_dtype), mask=mask)
+            classes = start + columns
+            mask = (classes >= 0) & (classes < num_classes)
+            tl.store(grad_pointers + columns, tl.zeros([BLOCK], out_dtype), mask=mask)
         elif is_interior(start, target, num_classes, BLOCK):
-            z = tl.load(pointers).to(dtype)
-            tl.store(grad_pointers, complement_gradient(z, shift, log_total, slope, offset).to(out_dtype))
+            z = tl.load(pointers + columns).to(dtype)
+            tl.store(grad_pointers + columns, complement_gradient(z, shift, log_total, slope, offset).to(out_dtype))
         else:
-            z = tl.load(pointers, mask=mask, other=0.0).to(dtype)
+            classes = start + columns
+            mask = (classes >= 0) & (classes < num_classes)
+            z = tl.load(pointers + columns, mask=mask, other=0.0).to(dtype)
             grad = complement_gradient(z, shift, log_total, slope, offset)
-            tl.store(grad_pointers, tl.where(classes == target, at_target, grad).to(out_dtype), mask=mask)
+            grad = tl.where(classes == target, at_target, grad)
+            tl.store(grad_pointers + columns, grad.to(out_dtype), mask=mask)
     else:
         rows = block * ROWS + tl.arange(0, ROWS)
         inside = rows < num_rows
