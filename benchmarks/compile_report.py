@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel variant, on a machine with no GPU: registers, stack, spills, access widths.
+"""What the compiler makes of every kernel variant, with no GPU: registers, stack, spills, access widths, instructions.
 
 ``python -m benchmarks.compile_report`` compiles the variants that the launch table chooses, for
 sm_80, sm_90, sm_100 and gfx942, reads the cubins with the disassembler that the triton wheel carries, and writes one
@@ -23,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.sass import Program
 from cot_kernels.backends.triton import gradient, launch, objectives, statistics
 
 TARGETS = {
@@ -87,6 +88,9 @@ class Report:
     global_stores: dict[str, int]
     gap_operations: list[str] | None  # floating-point operations of the lines that subtract one shift from another
     narrow_offsets: int  # products of the number of rows in 32 bits
+    executed_per_logit: float | None = None  # instructions on the usual way, see :mod:`.sass`
+    special_per_logit: float | None = None  # of them by the special function unit
+    in_loop: bool | None = None  # counted over a turn of the main loop, or from entry to exit
 
 
 def variants() -> Iterator[Variant]:
@@ -247,7 +251,19 @@ def report_on(variant: Variant) -> Report:
         usage = subprocess.run(
             [_sass_tool("cuobjdump"), "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
         ).stdout
-        sass = subprocess.run([_sass_tool("nvdisasm"), cubin.name], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run(
+            [_sass_tool("nvdisasm"), "-c", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    executed: dict[str, Any] = {}
+    if variant.kernel in ("statistics", "gradient") and variant.dtype != "fp64":  # exp2 of a float64 is a subroutine
+        tile = tile_of(variant)[1]
+        logits = tile.rows * tile.block // (32 * tile.warps)
+        path = Program.parse(sass).usual_path(logits)
+        executed = {
+            "executed_per_logit": round(path.instructions / logits, 2),
+            "special_per_logit": round(path.special / logits, 2),
+            "in_loop": path.in_loop,
+        }
     resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     local = sum(_accesses(sass, "LDL").values()) + sum(_accesses(sass, "STL").values())
     return Report(
@@ -260,6 +276,7 @@ def report_on(variant: Variant) -> Report:
         _accesses(sass, "STG"),
         _gap_operations(compiled.asm["ptx"]),
         narrow_offsets,
+        **executed,
     )
 
 

@@ -16,6 +16,7 @@ CPU_RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 DISPATCH_RESULTS = ROOT / "benchmarks" / "results" / "dispatch.json"
 TRAINING_RESULTS = ROOT / "benchmarks" / "results" / "training.json"
 NUMERICS_RESULTS = ROOT / "benchmarks" / "results" / "numerics.json"
+KERNEL_RESULTS = ROOT / "benchmarks" / "results" / "compile_report.json"
 DEMO_RESULTS = ROOT / "docs" / "demo" / "results.json"
 
 
@@ -83,6 +84,22 @@ def margin_table(headings: list[str], cells: Callable[[dict[str, Any]], list[str
     return "\n".join([*lines, "", f"{about['cpu']}, torch {about['torch']}; `benchmarks/results/numerics.json`."])
 
 
+def kernel_table() -> str:
+    """The streaming variants of benchmarks/compile_report.py."""
+    reports = json.loads(KERNEL_RESULTS.read_text())
+    lines = ["| kernel | target | logits | registers | executed a logit | special a logit |", "|---|---|---|---:|---:|---:|"]
+    for report in reports:
+        about = report["variant"]
+        if about["layout"] == "long" and about["objective"] == "complement_entropy" and about["reduces"]:
+            if report["executed_per_logit"] is None or about["split"]:
+                continue
+            numbers = f"{report['executed_per_logit']:.1f} | {report['special_per_logit']:.2f}"
+            lines.append(
+                f"| {about['kernel']} | {about['target']} | {about['dtype']} | {report['registers']} | {numbers} |"
+            )
+    return "\n".join([*lines, "", "`benchmarks/results/compile_report.json`."])
+
+
 def short(value: float | None) -> str:
     if value is None:
         return "NaN"
@@ -114,6 +131,7 @@ def fill(text: str, name: str, content: str) -> str:
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"cpu": partial(ratio_table, CPU_RESULTS), "demo": demo_table},
     ROOT / "docs" / "pytorch.md": {"dispatch": partial(ratio_table, DISPATCH_RESULTS)},
+    ROOT / "docs" / "kernels.md": {"kernels": kernel_table},
     ROOT / "docs" / "training.md": {"training": training_table},
     ROOT / "docs" / "numerics.md": {"float32": float32_table, "half": half_table, "eps": eps_table},
 }

@@ -60,3 +60,26 @@ def test_running_maxima_are_subtracted_as_they_were_rounded(reports: list[dict[s
 
 def test_offsets_into_the_state_are_64_bits_wide(reports: list[dict[str, Any]]) -> None:
     assert [report for report in reports if report["narrow_offsets"]] == []
+
+
+# Executed instructions a logit in bf16, of rows that have a program to themselves: the forward pass over a turn of its
+# loop, the backward pass from entry to exit. Beyond 15 and 31, issue slots and not memory would bound an H200.
+BUDGETS = {"statistics": 11, "gradient": 17}
+
+
+def test_instructions_a_logit(reports: list[dict[str, Any]]) -> None:
+    counted = [report for report in reports if report["executed_per_logit"] is not None]
+    if reports[0]["variant"]["target"] == "gfx942":
+        assert not counted
+        return
+    streaming = [
+        report
+        for report in counted
+        if report["variant"]["dtype"] == "bf16" and report["variant"]["layout"] in ("medium", "long", "long, odd")
+    ]
+    assert len(streaming) >= 6
+    for report in streaming:
+        kernel = report["variant"]["kernel"]
+        assert 1 < report["special_per_logit"] < 1.5, report  # one exponential a logit and little else
+        assert report["in_loop"] == (kernel == "statistics"), report
+        assert 4 < report["executed_per_logit"] <= BUDGETS[kernel], report
