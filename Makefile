@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 # One thread a test worker: with more, the workers' thread pools wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-gpu lint format compile-report bench-cpu bench-training readme clean
+.PHONY: demo test fuzz test-gpu lint format compile-report bench-cpu bench-training readme clean
 
 demo: $(VENV)/.installed  ## Fine-tune a transformer on BBC News with and without COT; table, PNG and JSON in demo-results/
 	$(BIN)/python -m examples.demo --output demo-results
 
 test: $(VENV)/.installed  ## The whole suite; kernels run in Triton's interpreter where there is no GPU
 	$(PYTEST) -n 2 --dist worksteal
+
+fuzz: $(VENV)/.installed  ## New random cases, some 25,000: losses against the formula, and garbage in every argument
+	$(PYTEST) -n 2 --dist worksteal --hypothesis-profile=fuzz tests/test_properties.py tests/test_garbage.py
 
 test-gpu:  ## The GPU-marked tests, with whatever Python environment is active
 	$(PYTHON) -m pytest -m gpu

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+from collections.abc import Generator
+from typing import Any
 
 import pytest
 import torch
@@ -39,3 +42,44 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
         monkeypatch.setattr(aten, "FEW_ELEMENTS", 0)
         monkeypatch.setattr(aten, "BLOCK_BYTES", 256)
     return torch.device("cpu")
+
+
+# Where hypothesis is installed, its tests run few cases, always the same; with --hypothesis-profile=fuzz many new ones.
+with contextlib.suppress(ImportError):
+    from hypothesis import HealthCheck, settings
+
+    common: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+    settings.register_profile("suite", max_examples=20, derandomize=True, database=None, **common)
+    settings.register_profile("fuzz", max_examples=800, print_blob=True, **common)
+    settings.load_profile("suite")
+
+COUNTED = "random cases"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Counts the cases of a test of hypothesis, which runs its inner test once a case."""
+    handle = getattr(pyfuncitem.obj, "hypothesis", None)
+    if handle is None:
+        return (yield)
+    inner, count = handle.inner_test, 0
+
+    @functools.wraps(inner)
+    def counting(*args: Any, **kwargs: Any) -> None:
+        nonlocal count
+        inner(*args, **kwargs)
+        count += 1
+
+    handle.inner_test = counting
+    try:
+        return (yield)
+    finally:
+        handle.inner_test = inner
+        pyfuncitem.user_properties.append((COUNTED, count))  # travels from a worker to the process that reports
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    reports = [report for state in ("passed", "failed") for report in terminalreporter.stats.get(state, [])]
+    counts = [value for report in reports for name, value in report.user_properties if name == COUNTED]
+    if counts:
+        terminalreporter.write_line(f"{sum(counts):,} random cases in {len(counts)} tests")

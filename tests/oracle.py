@@ -101,3 +101,62 @@ def gradient_of(loss: Loss, logits: Tensor, target: Tensor, weights: Tensor, **o
 def relative_error(got: Tensor, true: Tensor) -> float:
     got, true = got.detach().double().cpu(), true.detach().double().cpu()
     return float((got - true).norm() / true.norm().clamp(min=1e-300))
+
+
+@dataclass(frozen=True)
+class RowTruth:
+    """What every loss and gradient of (N, K) float64 logits is made of. A class at -inf is absent, as in its limit.
+
+    The published operations make NaN of an absent class, and of a target whose probability rounds to 0 or 1. These are
+    the same formulas in the log-odds b and the negentropy S, which tests/test_properties.py holds against them.
+    """
+
+    target_logit: Tensor
+    complement_lse: Tensor
+    log_odds: Tensor
+    """Infinite where the target is absent, whatever else is."""
+    negentropy: Tensor
+    log_q: Tensor
+    """(N, K), -inf at the target."""
+
+    @staticmethod
+    def of(input: Tensor, target: Tensor) -> RowTruth:
+        index = target[:, None]
+        target_logit, others = input.gather(1, index)[:, 0], input.scatter(1, index, -torch.inf)
+        # The largest comes off first: in a logit of 1e20 the logarithm of a sum would be lost.
+        shift = others.amax(1).clamp(min=torch.finfo(torch.float64).min)
+        others = others - shift[:, None]
+        lse = others.logsumexp(1)
+        log_q = torch.where(others == -torch.inf, -torch.inf, others - lse[:, None])
+        negentropy = (log_q.exp() * log_q.clamp(min=-1e4)).sum(1)
+        log_odds = torch.where(target_logit == -torch.inf, torch.inf, (shift - target_logit) + lse)
+        return RowTruth(target_logit, shift + lse, log_odds, negentropy, log_q)
+
+    def gradient(self, target: Tensor, f_target: Tensor, f_lse: Tensor, f_negentropy: Tensor) -> Tensor:
+        """``q_j (f_L + f_S (ln q_j - S))``, and f_g at the target."""
+        log_q = self.log_q.clamp(min=-1e4)
+        grad = log_q.exp() * (f_lse[:, None] + f_negentropy[:, None] * (log_q - self.negentropy[:, None]))
+        return grad.scatter(1, target[:, None], f_target[:, None])
+
+
+def divisor(normalization: str, classes: int) -> float:
+    return {"classes": classes, "complement": classes - 1, "entropy": math.log(max(classes - 1, 2)), "none": 1}[
+        normalization
+    ]
+
+
+def complement_entropy_of(log_odds: Tensor, negentropy: Tensor, eps: float) -> Tensor:
+    """``u (S + ln u)``."""
+    miss = torch.sigmoid(log_odds)
+    u = miss / (miss + eps) if eps else torch.ones_like(miss)
+    return u * negentropy + torch.special.xlogy(u, u)
+
+
+def guided_complement_entropy_of(log_odds: Tensor, negentropy: Tensor, eps: float, alpha: float) -> Tensor:
+    """``(p + eps)^alpha u (S + ln u)``."""
+    return (torch.sigmoid(-log_odds) + eps) ** alpha * complement_entropy_of(log_odds, negentropy, eps)
+
+
+def cross_entropy_of(log_odds: Tensor, negentropy: Tensor, weight: float) -> Tensor:
+    """``softplus(b) + weight S``."""
+    return torch.logaddexp(log_odds, torch.zeros_like(log_odds)) + weight * negentropy
