@@ -288,7 +288,7 @@ def main() -> None:
     wanted = [each for each in variants() if not arguments.target or each.target in arguments.target]
     with ProcessPoolExecutor(2) as pool:
         reports = [asdict(report) for report in pool.map(report_on, wanted, chunksize=4)]
-    text = json.dumps(reports, indent=1)
+    text = "[\n" + ",\n".join(json.dumps(report) for report in reports) + "\n]\n"  # a variant a line
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(text)

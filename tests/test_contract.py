@@ -111,6 +111,22 @@ def test_logits_expanded_along_the_classes(classes: int, device: torch.device) -
     torch.testing.assert_close(gradient.cpu(), expected, rtol=1e-5, atol=1e-8)
 
 
+def test_signs_that_are_still_to_change(device: torch.device) -> None:
+    """The imaginary part of a conjugate is a view of numbers of the other sign, marked as such."""
+    logits, target = draw(4, 9, None)
+    weights = torch.linspace(-1, 2, 4, dtype=torch.float64)
+    loss, gradient = gradient_of(cot_kernels.complement_cross_entropy, logits.to(device), target.to(device), weights)
+
+    def view(values: Tensor) -> Tensor:
+        return torch.complex(values, -values).to(device).conj().imag
+
+    assert view(logits).is_neg()
+    leaf = view(logits).requires_grad_()
+    again = cot_kernels.complement_cross_entropy(leaf, target.to(device), reduction="none")
+    torch.testing.assert_close(again, loss)
+    torch.testing.assert_close(torch.autograd.grad(again, leaf, view(weights))[0], gradient)
+
+
 def test_channels_last_segmentation(device: torch.device) -> None:
     logits = torch.randn(2, 6, 5, 7, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
     target = torch.randint(6, (2, 5, 7), generator=torch.Generator().manual_seed(1))

@@ -40,7 +40,7 @@ class Problem:
     target: Tensor
     ignore_index: int
     reduction: str
-    upstream: Tensor  # float64, shaped like the loss
+    upstream: Tensor  # shaped like the loss, and of its dtype
 
     @property
     def classes(self) -> int:
@@ -67,6 +67,10 @@ def laid_out(values: Tensor, order: tuple[int, ...], steps: list[int], offset: i
     return view.copy_(values).expand(shape)
 
 
+def accumulated(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @st.composite
 def layouts(draw: st.DrawFn, values: Tensor, expands: bool) -> Tensor:
     dims = range(values.dim())
@@ -86,12 +90,12 @@ def layouts(draw: st.DrawFn, values: Tensor, expands: bool) -> Tensor:
 def problems(draw: st.DrawFn, reductions: tuple[str, ...] = ("mean", "sum", "none")) -> Problem:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     classes = draw(st.integers(2, 40) | st.sampled_from([64, 129, 256, 1025, 2100]))
-    inner = draw(st.lists(st.integers(0, 3), max_size=2))
-    shape = draw(st.sampled_from([(classes,), (draw(st.integers(0, 6)), classes, *inner)]))
+    inner = draw(st.lists(st.sampled_from([1, 2, 2, 3, 3, 0]), max_size=2))
+    shape = draw(st.sampled_from([(classes,), (draw(st.sampled_from([4, 3, 5, 2, 6, 1, 0])), classes, *inner)]))
     target_shape = shape[:1] + shape[2:] if len(shape) > 1 else ()
 
     dtype = draw(st.sampled_from(FLOATS))
-    magnitude = draw(st.sampled_from([1.0, 0.0, 1e-20, 8.0, 100.0, 1e4, 1e20]))
+    magnitude = draw(st.sampled_from([1.0, 1.0, 3.0, 8.0, 0.0, 1e-20, 100.0, 1e4, 1e20]))
     values = torch.randn(shape, generator=generator, dtype=torch.float64)
     values = values * min(magnitude, torch.finfo(dtype).max / 8) + draw(st.sampled_from([0.0, -7.0, 50.0]))
     values = values.to(dtype)
@@ -100,10 +104,10 @@ def problems(draw: st.DrawFn, reductions: tuple[str, ...] = ("mean", "sum", "non
     target = torch.randint(classes, target_shape, generator=generator).to(integer)
     ignore_index = draw(st.sampled_from([-100, -1, 0, classes - 1, classes, 255, -(2**63), 2**63 - 1]))
     if torch.iinfo(integer).min <= ignore_index <= torch.iinfo(integer).max:
-        left_out = torch.rand(target_shape, generator=generator) < draw(st.sampled_from([0.0, 0.4, 1.0]))
+        left_out = torch.rand(target_shape, generator=generator) < draw(st.sampled_from([0.0, 0.2, 0.4, 1.0]))
         target = target.masked_fill(left_out, ignore_index)
 
-    absent = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.0, 0.5, 0.95, 1.0]))
+    absent = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.0, 0.0, 0.2, 0.5, 0.95, 1.0]))
     index = target.long().clamp(0, classes - 1).unsqueeze(min(1, len(target_shape)))
     if draw(st.booleans()):  # the target's own logit is there
         absent.scatter_(min(1, len(shape) - 1), index, False)
@@ -114,16 +118,9 @@ def problems(draw: st.DrawFn, reductions: tuple[str, ...] = ("mean", "sum", "non
 
     reduction = draw(st.sampled_from(reductions))
     loss_shape = target_shape if reduction == "none" else ()
-    upstream = draw(
-        st.sampled_from(
-            [
-                torch.ones(loss_shape, dtype=torch.float64),
-                torch.zeros(loss_shape, dtype=torch.float64),
-                torch.tensor(-2.5, dtype=torch.float64).expand(loss_shape),
-                torch.randn((*loss_shape, 2), generator=generator, dtype=torch.float64)[..., 0],
-            ]
-        )
-    )
+    apart = torch.randn((*loss_shape, 2), generator=generator).to(accumulated(dtype))[..., 0]
+    one = apart.new_full((), -2.5).expand(loss_shape)
+    upstream = draw(st.sampled_from([apart, apart, one, torch.ones_like(apart), torch.zeros_like(apart)]))
     return Problem(values, draw(layouts(target, False)), ignore_index, reduction, upstream)
 
 
@@ -199,9 +196,8 @@ def check_loss(name: str, data: st.DataObject, device: torch.device, rounds_prod
         reduction=problem.reduction,
         **options,
     )
-    accumulated = torch.float64 if problem.logits.dtype == torch.float64 else torch.float32
-    assert loss.dtype == accumulated and loss.shape == problem.upstream.shape
-    (gradient,) = torch.autograd.grad(loss, leaf, problem.upstream.to(accumulated).to(device))
+    assert loss.dtype == problem.upstream.dtype and loss.shape == problem.upstream.shape
+    (gradient,) = torch.autograd.grad(loss, leaf, problem.upstream.to(device))
     torch.testing.assert_close(problem.logits, before, rtol=0, atol=0, equal_nan=True)
 
     target = problem.target.long().reshape(-1)
@@ -212,9 +208,9 @@ def check_loss(name: str, data: st.DataObject, device: torch.device, rounds_prod
     values = loss.detach().cpu().double()
     if problem.reduction == "none":
         assert not values.reshape(-1)[~kept].any()
-        values, weights = values.reshape(-1)[kept], problem.upstream.reshape(-1)[kept]
+        values, weights = values.reshape(-1)[kept], problem.upstream.double().reshape(-1)[kept]
     else:
-        weights = problem.upstream.expand(count) / (count if problem.reduction == "mean" else 1)
+        weights = problem.upstream.double().expand(count) / (count if problem.reduction == "mean" else 1)
     target, truth = target[kept], RowTruth.of(logits[kept], target[kept])
 
     true = formula(truth.log_odds, truth.negentropy)
@@ -245,9 +241,8 @@ def check_loss(name: str, data: st.DataObject, device: torch.device, rounds_prod
 def check_statistics(problem: Problem, wanted: set[int], device: torch.device, rounds_products: bool) -> None:
     leaf = problem.logits.to(device).detach().requires_grad_()
     got = cot_kernels.complement_statistics(leaf, problem.target.to(device), ignore_index=problem.ignore_index)
-    accumulated = torch.float64 if problem.logits.dtype == torch.float64 else torch.float32
-    assert all(each.dtype == accumulated and each.shape == problem.target.shape for each in got)
-    upstreams = [problem.upstream.roll(place).to(accumulated).to(device) for place in range(3)]
+    assert all(each.dtype == problem.upstream.dtype and each.shape == problem.target.shape for each in got)
+    upstreams = [problem.upstream.roll(place).to(device) for place in range(3)]
     (gradient,) = torch.autograd.grad([got[each] for each in wanted], leaf, [upstreams[each] for each in wanted])
 
     target = problem.target.long().reshape(-1)

@@ -70,7 +70,7 @@ def _forward(
     logits: Tensor, target: Tensor, ignore_index: int, objective: Objective | None, reduces: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row values (or partial sums of them, and of the rows counted), the target in row order, and the state."""
-    target = target.contiguous()
+    logits, target = logits.resolve_neg(), target.contiguous()  # a kernel would not see that signs are still to change
     num_rows, num_classes = target.numel(), logits.shape[1]
     dtype, device = accumulation_dtype(logits.dtype), logits.device
     twin: Any = None
@@ -138,11 +138,12 @@ def gradient(logits: Tensor, saved: Saved, upstream: Tensor) -> Tensor:
     """``upstream * dl/dz`` in the dtype of the logits; ``upstream`` is shaped like the loss."""
     target, state, factor = saved
     assert target is not None and state is not None
+    logits = logits.resolve_neg()
     grad = torch.empty_like(logits)
     if not grad.numel():
         return grad
     num_rows, num_classes = target.numel(), logits.shape[1]
-    upstream = upstream.reshape(-1)  # a view of any scalar or expanded upstream
+    upstream = upstream.resolve_neg().reshape(-1)  # a view of any scalar or expanded upstream
     tile = _tile(logits, grad)
     tiles = triton.cdiv(num_classes + (tile.align - 1 if tile.rows == 1 else 0), tile.block)
     inner, *strides = _strides(logits)
