@@ -87,7 +87,10 @@ def margin_table(headings: list[str], cells: Callable[[dict[str, Any]], list[str
 def kernel_table() -> str:
     """The streaming variants of benchmarks/compile_report.py."""
     reports = json.loads(KERNEL_RESULTS.read_text())
-    lines = ["| kernel | target | logits | registers | executed a logit | special a logit |", "|---|---|---|---:|---:|---:|"]
+    lines = [
+        "| kernel | target | logits | registers | executed a logit | special a logit |",
+        "|---|---|---|---:|---:|---:|",
+    ]
     for report in reports:
         about = report["variant"]
         if about["layout"] == "long" and about["objective"] == "complement_entropy" and about["reduces"]:

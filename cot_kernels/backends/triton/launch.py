@@ -45,8 +45,8 @@ def choose_tile(
         head_aligned: no row does for certain, but the rows of all tensors involved begin equally far from one.
     """
     vec = 16 // itemsize
-    # Logits a thread holds: 16, and half as many in float64, so that no variant runs out of registers.
-    wide = 2 if itemsize > 4 else 1
+    # Logits a thread holds: 16, and a quarter as many in float64, so that no variant runs out of registers.
+    wide = 4 if itemsize > 4 else 1
     if not classes_adjoin:
         # Neighbours in memory are rows: 128 of them side by side, each folded by one thread.
         return Tile(rows=128, lanes=1, vec=16 // wide, align=1, warps=4)
