@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .batches import causal_lm_logits_and_targets, logits_and_targets
-from .training import ComplementObjectiveEngine, ComplementObjectiveMixin
+from .mixin import ComplementObjectiveMixin
+from .training import ComplementObjectiveEngine
 
 if TYPE_CHECKING:
     from .callback import ComplementObjectiveTraining
