@@ -266,7 +266,8 @@ def complement_compute_loss(*, gamma: float = -1.0, normalization: str = "comple
 
     Returns:
         A picklable function `(outputs, labels, num_items_in_batch=None) -> scalar`. It raises TypeError where outputs
-        hold no logits, ValueError where they do not fit the labels or there are none.
+        hold no logits, ValueError where they do not fit the labels, there are none, or the outputs are those of a
+        causal language model.
 
     Raises:
         TypeError: `gamma` is not a number.
@@ -304,6 +305,12 @@ def _one_step_loss(
 ) -> Tensor:
     if labels is None:
         raise ValueError('the complement loss needs labels, got None: name the targets of the batch "labels"')
+    # Of the model only its output is at hand. Unlike the two-step Trainer, this cannot ask the model's class.
+    if find is logits_and_targets and "CausalLMOutput" in type(outputs).__name__:
+        raise ValueError(
+            f"complement_compute_loss does not shift the labels of a causal language model, got {type(outputs).__name__}: "
+            "pass compute_loss_func=causal_lm_complement_compute_loss()"
+        )
     logits, targets = find(lambda: outputs, {"labels": labels})
     total = complement_cross_entropy(logits, targets, gamma=gamma, normalization=normalization, reduction="sum")
     return _per_item(total, targets, num_items_in_batch)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -167,3 +170,83 @@ def test_copies_of_the_module_in_training_are_plain(classifier: Any, network: An
         F.cross_entropy(plain(inputs), targets).backward()
         optimizer.step()
     assert largest_gap(copied.network, plain) < 1e-8
+
+
+def in_a_new_process(program: str, folder: Path) -> None:
+    environment = {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PATH": "/usr/bin:/bin",
+        "OMP_NUM_THREADS": "1",
+        "HOME": str(folder),
+    }
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_callback_may_be_imported_before_lightning(tmp_path: Path) -> None:
+    """Its Trainer may be of either of Lightning's packages; CotBert is of the one that was imported, or the first."""
+    for package in ("lightning", "pytorch_lightning", "transformers"):
+        pytest.importorskip(package)
+    program = """
+        from lightning_integration import ComplementObjectiveTraining, CotBert
+        import pytorch_lightning as pl, torch
+        class Headless(pl.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.layer = torch.nn.Linear(3, 4)
+            def training_step(self, batch, batch_idx):
+                return torch.nn.functional.cross_entropy(self.layer(batch[0]), batch[1])
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+        class Net(Headless):
+            def forward(self, x):
+                return self.layer(x)
+        def fit(module):
+            data = torch.utils.data.TensorDataset(torch.randn(8, 3), torch.randint(4, (8,)))
+            cot = ComplementObjectiveTraining()
+            trainer = pl.Trainer(
+                callbacks=[cot], max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False
+            )
+            trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=4))
+            return trainer
+        assert issubclass(ComplementObjectiveTraining, __import__("lightning").pytorch.Callback)
+        assert "train_complement" in fit(Net()).callback_metrics
+        for module, error, message in (
+            (Headless(), RuntimeError, "Headless has no forward"),
+            (CotBert.__new__(CotBert), TypeError, "must be a `LightningModule`"),
+        ):
+            try:
+                fit(module)
+            except error as raised:
+                assert message in str(raised), raised
+            else:
+                raise AssertionError(message)
+    """
+    in_a_new_process(program, tmp_path)
+
+
+def test_under_lightnings_other_name(tmp_path: Path) -> None:
+    for package in ("pytorch_lightning", "transformers"):
+        pytest.importorskip(package)
+    program = """
+        import pytorch_lightning as pl, torch
+        from lightning_integration import ComplementObjectiveTraining, CotBert
+        assert issubclass(CotBert, pl.LightningModule)
+        class Net(pl.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.layer = torch.nn.Linear(3, 4)
+            def forward(self, x):
+                return self.layer(x)
+            def training_step(self, batch, batch_idx):
+                return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+        data = torch.utils.data.TensorDataset(torch.randn(8, 3), torch.randint(4, (8,)))
+        trainer = pl.Trainer(callbacks=[ComplementObjectiveTraining()], max_epochs=1, accelerator="cpu", logger=False)
+        trainer.fit(Net(), torch.utils.data.DataLoader(data, batch_size=4))
+        trainer.save_checkpoint("one.ckpt")
+        assert "train_complement" in trainer.callback_metrics
+    """
+    in_a_new_process(program, tmp_path)
