@@ -4,10 +4,10 @@
 when they are first used: `ComplementObjectiveTrainer` and the `..._compute_loss` functions transformers, the rest
 Lightning and transformers.
 
-Lightning comes as two packages, `lightning.pytorch` and `pytorch_lightning`, and the Trainer of one takes no module of the
-other. `CotBert` and `BBCNewsDataModule` belong to the one that is imported before they are, else to `lightning.pytorch`
-where it is installed: with `pytorch_lightning`, import that first. The callback, the mixin and the engine serve both, in
-any order.
+Lightning comes as two packages, `lightning.pytorch` and `pytorch_lightning`, and the Trainer of one takes no module of
+the other. `CotBert` and `BBCNewsDataModule` belong to the one that is imported before they are, else to
+`lightning.pytorch` where it is installed: with `pytorch_lightning`, import that first. The callback, the mixin and the
+engine serve both, in any order.
 """
 
 from __future__ import annotations

@@ -308,8 +308,8 @@ def _one_step_loss(
     # Of the model only its output is at hand. Unlike the two-step Trainer, this cannot ask the model's class.
     if find is logits_and_targets and "CausalLMOutput" in type(outputs).__name__:
         raise ValueError(
-            f"complement_compute_loss does not shift the labels of a causal language model, got {type(outputs).__name__}: "
-            "pass compute_loss_func=causal_lm_complement_compute_loss()"
+            "complement_compute_loss does not shift the labels of a causal language model, got "
+            f"{type(outputs).__name__}: pass compute_loss_func=causal_lm_complement_compute_loss()"
         )
     logits, targets = find(lambda: outputs, {"labels": labels})
     total = complement_cross_entropy(logits, targets, gamma=gamma, normalization=normalization, reduction="sum")
