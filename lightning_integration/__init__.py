@@ -3,6 +3,11 @@
 `ComplementObjectiveEngine` and `ComplementObjectiveMixin` import no Lightning. The other names import what they need
 when they are first used: `ComplementObjectiveTrainer` and the `..._compute_loss` functions transformers, the rest
 Lightning and transformers.
+
+Lightning comes as two packages, `lightning.pytorch` and `pytorch_lightning`, and the Trainer of one takes no module of
+the other. `CotBert` and `BBCNewsDataModule` belong to the one that is imported before they are, else to
+`lightning.pytorch` where it is installed: with `pytorch_lightning`, import that first. The callback, the mixin and the
+engine serve both, in any order.
 """
 
 from __future__ import annotations
@@ -10,7 +15,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .batches import causal_lm_logits_and_targets, logits_and_targets
-from .training import ComplementObjectiveEngine, ComplementObjectiveMixin
+from .mixin import ComplementObjectiveMixin
+from .training import ComplementObjectiveEngine
 
 if TYPE_CHECKING:
     from .callback import ComplementObjectiveTraining

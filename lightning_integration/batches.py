@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,12 +27,15 @@ def logits_and_targets(module: Callable[..., Any], batch: Any) -> tuple[Tensor, 
       (..., K), classes last, and are flattened to (M, K), the labels (...) to (M); labels of -100 are ignored.
 
     Raises:
-        TypeError: the batch is of neither kind, or the output holds no logits.
+        TypeError: the batch is of neither kind, `module` asks for other arguments, or its output holds no logits.
         ValueError: logits and targets do not fit together.
     """
-    check_batch(batch)
+    if not (isinstance(batch, Mapping) and "labels" in batch) and not _is_pair(batch):
+        raise TypeError(
+            f'a batch must be a pair (x, y) or a mapping with "labels", got {described(batch)}: {HOW_TO_SAY_WHERE}'
+        )
     if isinstance(batch, Mapping):
-        output = module(**{name: value for name, value in batch.items() if name != "labels"})
+        output = _called(module, **{name: value for name, value in batch.items() if name != "labels"})
         logits, targets = _logits_of(output), batch["labels"]
         if logits.shape[:-1] != targets.shape:
             raise ValueError(
@@ -40,7 +44,7 @@ def logits_and_targets(module: Callable[..., Any], batch: Any) -> tuple[Tensor, 
             )
         return logits.flatten(0, -2), targets.flatten()
     x, y = batch
-    logits = _logits_of(module(x))
+    logits = _logits_of(_called(module, x))
     if y.shape != logits.shape[:1] + logits.shape[2:]:
         raise ValueError(
             f"targets of shape {tuple(y.shape)} do not fit logits of shape {tuple(logits.shape)}, "
@@ -55,42 +59,35 @@ def causal_lm_logits_and_targets(module: Callable[..., Any], batch: Mapping[str,
     Raises:
         KeyError: the batch has no "labels".
     """
-    output = module(**{name: value for name, value in batch.items() if name != "labels"})
+    output = _called(module, **{name: value for name, value in batch.items() if name != "labels"})
     return _logits_of(output)[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
 
 
-def check_batch(batch: Any) -> None:
-    """Whether `logits_and_targets` understands a batch.
-
-    Raises:
-        TypeError: it does not.
-    """
-    if not (isinstance(batch, Mapping) and "labels" in batch) and not _is_pair(batch):
-        raise TypeError(
-            f'a batch must be a pair (x, y) or a mapping with "labels", got {_described(batch)}: {HOW_TO_SAY_WHERE}'
-        )
-
-
-def target_shares(batches: Sequence[Any]) -> Sequence[Tensor | float]:
-    """The share of each batch in the valid targets of all; the same for all where targets are not found."""
-    if len(batches) == 1:
-        return [1.0]
-    counts = [count_targets(batch) for batch in batches]
-    found = [count for count in counts if count is not None]
-    if len(found) < len(counts):
-        return [1 / len(batches)] * len(batches)
-    return (torch.stack(found) / torch.stack(found).sum()).unbind()
-
-
-def count_targets(batch: Any) -> Tensor | None:
-    targets = batch.get("labels") if isinstance(batch, Mapping) else batch[1] if _is_pair(batch) else None
-    if not isinstance(targets, Tensor) or targets.is_floating_point():
-        return None
+def count_valid(targets: Tensor, logits: Tensor) -> Tensor:
+    """How many targets there are to learn from; class probabilities count as their rows."""
+    if targets.is_floating_point():
+        return torch.tensor(logits.numel() // logits.shape[min(1, logits.dim() - 1)], device=logits.device)
     return (targets != IGNORE_INDEX).sum()
 
 
 def _is_pair(batch: Any) -> bool:
     return isinstance(batch, Sequence) and len(batch) == 2 and isinstance(batch[1], Tensor)
+
+
+def _called(module: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return module(*args, **kwargs)
+    except TypeError as error:
+        forward = getattr(module, "forward", module)
+        try:
+            inspect.signature(forward).bind(*args, **kwargs)
+        except TypeError as mismatch:
+            given = "x of the pair (x, y)" if args else f"{sorted(kwargs)} of the batch"
+            raise TypeError(
+                f"forward of {type(module).__name__} cannot be called with {given} alone ({mismatch}): "
+                f"{HOW_TO_SAY_WHERE}"
+            ) from error
+        raise
 
 
 def _logits_of(output: Any) -> Tensor:
@@ -100,12 +97,13 @@ def _logits_of(output: Any) -> Tensor:
     if not isinstance(logits, Tensor) or logits.dim() < 2 or not torch.is_floating_point(logits):
         raise TypeError(
             f"calling the module must give logits of shape (N, K, ...), or an output that holds them as logits, "
-            f"got {_described(output)}: {HOW_TO_SAY_WHERE}"
+            f"got {described(output)}: {HOW_TO_SAY_WHERE}"
         )
     return logits
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
+    """For error messages: of what kind, shape or content a value is."""
     if isinstance(value, Tensor):
         return f"a Tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
     if isinstance(value, Mapping):

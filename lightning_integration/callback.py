@@ -6,12 +6,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
 
+from torch import Tensor
+
 from cot_kernels import complement_entropy
 
 from ._lightning import Callback, pl
-from .batches import HOW_TO_SAY_WHERE, check_batch, logits_and_targets
+from .batches import HOW_TO_SAY_WHERE, logits_and_targets
+from .loss import ComplementLoss
+from .mixin import ComplementObjectiveMixin
 from .optimizers import ComplementOptimizer
-from .training import ComplementLoss, ComplementObjectiveEngine, ComplementObjectiveMixin
+from .passes import check_configuration, stand_in
+from .training import ComplementObjectiveEngine
 
 ModuleLogitsFunction: TypeAlias = Callable[[Any, Any], Any]  # (logits, targets); see ComplementLoss for Any
 
@@ -45,13 +50,14 @@ class ComplementObjectiveTraining(Callback):
             causal language models pass `lightning_integration.causal_lm_logits_and_targets`.
         freeze_batchnorm_stats: leave running means and variances of batch normalization as the primary pass
             left them.
-        log_name: name of the complement loss in the logs and in `trainer.callback_metrics`.
+        log_name: name of the complement loss in the logs and in `trainer.callback_metrics`, or None not to log it.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
-        RuntimeError: when training starts, if the module or its Trainer cannot take a second step: manual
-            optimization, several optimizers, LBFGS, `dataloader_iter`, DeepSpeed, FSDP with an optimizer of its
-            own. The message names the mend.
+        RuntimeError, TypeError, ValueError: when training starts, if the module or its Trainer cannot take a second
+            step: manual optimization, several optimizers, LBFGS, `dataloader_iter`, DeepSpeed, FSDP with an optimizer
+            of its own; or on the first batch, before any step, if `logits` or `objective` does not return what it
+            must. The message names the mend.
     """
 
     def __init__(
@@ -65,7 +71,7 @@ class ComplementObjectiveTraining(Callback):
         start_epoch: int = 0,
         logits: ModuleLogitsFunction = logits_and_targets,
         freeze_batchnorm_stats: bool = False,
-        log_name: str = "train_complement",
+        log_name: str | None = "train_complement",
     ) -> None:
         super().__init__()
         if not callable(logits):
@@ -85,9 +91,17 @@ class ComplementObjectiveTraining(Callback):
         )
         self._module: pl.LightningModule | None = None
 
+        self._put_back: Callable[[], None] | None = None
+
     def __getstate__(self) -> dict[str, Any]:
         # While it trains, the Trainer puts its module's log methods here too.
-        return {"logits": self.logits, "engine": self.engine, "_module": None}
+        of_this_run = {"log", "log_dict"}
+        state = {name: value for name, value in vars(self).items() if name not in of_this_run}
+        return {**state, "_module": None, "_put_back": None}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            check_configuration(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if isinstance(pl_module, ComplementObjectiveMixin) and pl_module.configure_complement_objective() is not None:
@@ -95,7 +109,9 @@ class ComplementObjectiveTraining(Callback):
                 f"{type(pl_module).__name__} takes complement steps by itself (ComplementObjectiveMixin): leave the "
                 "ComplementObjectiveTraining callback out, or let configure_complement_objective return None"
             )
-        if self.logits is logits_and_targets and type(pl_module).forward is pl.LightningModule.forward:
+        # By name: LightningModule is a class of its own in each of Lightning's two packages.
+        has_forward = type(pl_module).forward.__qualname__ != "LightningModule.forward"
+        if self.logits is logits_and_targets and not has_forward:
             raise RuntimeError(
                 f"{type(pl_module).__name__} has no forward, from which its logits could be had: give it one, or "
                 f"{HOW_TO_SAY_WHERE}"
@@ -103,21 +119,23 @@ class ComplementObjectiveTraining(Callback):
         self.engine.start(pl_module)
         self._module = pl_module
         step = partial(self.engine.optimizer_step, pl_module, partial(self.logits, pl_module), pl_module.optimizer_step)
-        vars(pl_module)["optimizer_step"] = step
+        self._put_back = stand_in(pl_module, "optimizer_step", step)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.logits is logits_and_targets:
-            check_batch(batch)  # before the first step
-        self.engine.batch_started(pl_module, batch, batch_idx)
+        self.engine.batch_started(pl_module, partial(self.logits, pl_module), batch, batch_idx)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self.engine.backward_started()
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.engine.backward_finished(pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self._module is pl_module:
-            vars(pl_module).pop("optimizer_step", None)
+        if self._put_back is not None and self._module is pl_module:
+            self._put_back()
+            self._put_back = None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")

@@ -18,7 +18,9 @@ from cot_kernels import complement_cross_entropy, complement_entropy
 
 from ._lightning import pl
 from .data import ModelPath, resolved
-from .training import ComplementLoss, ComplementObjectiveEngine, ComplementObjectiveMixin
+from .loss import ComplementLoss
+from .mixin import ComplementObjectiveMixin
+from .training import ComplementObjectiveEngine
 
 __all__ = ["CotBert"]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -23,8 +23,9 @@ from torch.optim import Optimizer
 
 from cot_kernels import complement_cross_entropy, complement_entropy, cross_entropy
 
-from .batches import IGNORE_INDEX, causal_lm_logits_and_targets, count_targets, logits_and_targets
-from .training import ComplementLoss, check_positive
+from .batches import IGNORE_INDEX, causal_lm_logits_and_targets, logits_and_targets
+from .loss import ComplementLoss, check_objective, scalar_loss
+from .training import check_positive
 
 try:
     from transformers import Trainer
@@ -96,11 +97,7 @@ class ComplementObjectiveTrainer(Trainer):
         logits: LogitsAndTargets = logits_and_targets,
         **kwargs: Any,
     ) -> None:
-        if not callable(complement_loss):
-            raise TypeError(
-                f"complement_loss must be a callable (logits, targets) -> scalar Tensor, "
-                f"got {type(complement_loss).__name__}"
-            )
+        check_objective("complement_loss", complement_loss)
         check_positive("complement_weight", complement_weight)
         if not callable(logits):
             raise TypeError(
@@ -173,10 +170,8 @@ class ComplementObjectiveTrainer(Trainer):
         """The micro-batches of a window, and how many targets they hold."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
         # The Trainer's count misses the shift of GPT-2 and others, and is rounded with several GPUs in one process.
-        if self._logits is causal_lm_logits_and_targets:
-            counts = [count_targets({"labels": batch["labels"][..., 1:]}) for batch in batches]
-        else:
-            counts = [count_targets(batch) for batch in batches]
+        first = 1 if self._logits is causal_lm_logits_and_targets else 0
+        counts = [_count_labels(batch, first) for batch in batches]
         known = [count.to(self.args.device) for count in counts if count is not None]
         if not known or len(known) < len(counts):
             return batches, None
@@ -245,10 +240,7 @@ class ComplementObjectiveTrainer(Trainer):
         valid = (targets != IGNORE_INDEX).sum()
         if valid == 0:  # a mean of nothing is NaN; DDP still wants a backward pass
             return logits[:0].sum()
-        value: Tensor = self.complement_loss(logits, targets)
-        if value.ndim != 0:
-            raise ValueError(f"complement_loss must return a scalar, got shape {tuple(value.shape)}")
-        return self.complement_weight * valid * value
+        return self.complement_weight * valid * scalar_loss("complement_loss", self.complement_loss, logits, targets)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds `train_complement`, the mean since the last log, where the Trainer logs its `loss`."""
@@ -274,7 +266,8 @@ def complement_compute_loss(*, gamma: float = -1.0, normalization: str = "comple
 
     Returns:
         A picklable function `(outputs, labels, num_items_in_batch=None) -> scalar`. It raises TypeError where outputs
-        hold no logits, ValueError where they do not fit the labels or there are none.
+        hold no logits, ValueError where they do not fit the labels, there are none, or the outputs are those of a
+        causal language model.
 
     Raises:
         TypeError: `gamma` is not a number.
@@ -312,9 +305,23 @@ def _one_step_loss(
 ) -> Tensor:
     if labels is None:
         raise ValueError('the complement loss needs labels, got None: name the targets of the batch "labels"')
+    # Of the model only its output is at hand. Unlike the two-step Trainer, this cannot ask the model's class.
+    if find is logits_and_targets and "CausalLMOutput" in type(outputs).__name__:
+        raise ValueError(
+            "complement_compute_loss does not shift the labels of a causal language model, got "
+            f"{type(outputs).__name__}: pass compute_loss_func=causal_lm_complement_compute_loss()"
+        )
     logits, targets = find(lambda: outputs, {"labels": labels})
     total = complement_cross_entropy(logits, targets, gamma=gamma, normalization=normalization, reduction="sum")
     return _per_item(total, targets, num_items_in_batch)
+
+
+def _count_labels(batch: Any, first: int) -> Tensor | None:
+    """How many labels of a batch are targets, from column `first`; None where there are none to count."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return None
+    return (labels[..., first:] != IGNORE_INDEX).sum()
 
 
 def _per_item(total: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:

@@ -7,41 +7,79 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, TypeAlias
 
+from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 ComplementOptimizer: TypeAlias = Literal["separate", "shared"] | Callable[[Iterable[Parameter]], Optimizer]
 
 
 def second_optimizer(
-    primary: Optimizer, build: Literal["separate"] | Callable[[Iterable[Parameter]], Optimizer] | str
+    primary: Optimizer,
+    build: Literal["separate"] | Callable[[Iterable[Parameter]], Optimizer] | str,
+    groups: int | None = None,
 ) -> Optimizer:
     """An optimizer over the primary's parameters, its state empty: of the primary's class, or what `build` makes.
 
+    Args:
+        primary: the optimizer of the first step.
+        build: "separate", or a function from the parameters to an optimizer.
+        groups: how many of the primary's first groups a separate optimizer takes; None: all.
+
     Raises:
-        RuntimeError: the primary's class cannot be built a second time.
+        RuntimeError: the primary's class cannot be built a second time, or the optimizer is LBFGS.
         TypeError: `build` does not return an Optimizer.
+        ValueError: it returns one over other parameters than the primary's, or without learning rates.
     """
     if callable(build):
-        optimizer = build([parameter for group in primary.param_groups for parameter in group["params"]])
+        parameters = [parameter for group in primary.param_groups for parameter in group["params"]]
+        optimizer = build(parameters)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"optimizer must return a torch.optim.Optimizer when called with the parameters, got "
                 f"{type(optimizer).__name__}"
             )
+        check_first_order(optimizer)
+        known = {id(parameter) for parameter in parameters}
+        others = sum(id(parameter) not in known for group in optimizer.param_groups for parameter in group["params"])
+        if others > 0:
+            raise ValueError(
+                f"optimizer must return one over the parameters it is called with, got a {type(optimizer).__name__} "
+                f"with {others} that are not among them: pass a function such as "
+                "lambda parameters: SGD(parameters, lr=0.1)"
+            )
+        check_learning_rates(optimizer)
         return optimizer
     # The groups carry every hyperparameter, so the constructor is only given what it names itself: `defaults` may
     # hold entries that it refuses (AdamW's `decoupled_weight_decay`).
     accepted = inspect.signature(type(primary)).parameters
     arguments = {name: value for name, value in primary.defaults.items() if name in accepted}
-    groups = [{**group, "params": list(group["params"])} for group in primary.param_groups]
+    copied = [{**group, "params": list(group["params"])} for group in primary.param_groups[:groups]]
     try:
-        return type(primary)(groups, **arguments)
+        return type(primary)(copied, **arguments)
     except (TypeError, ValueError) as error:
         raise RuntimeError(
             f'optimizer="separate" could not build a second {type(primary).__name__} ({error}); use '
             'optimizer="shared", or pass a function from the parameters to an optimizer'
         ) from error
+
+
+def check_first_order(optimizer: Optimizer) -> None:
+    """RuntimeError for LBFGS."""
+    if isinstance(optimizer, LBFGS):
+        raise RuntimeError(
+            "complement objective training does not support LBFGS, which evaluates its loss several "
+            "times per step; use a first-order optimizer such as SGD or Adam"
+        )
+
+
+def check_learning_rates(optimizer: Optimizer) -> None:
+    """ValueError where a parameter group has no learning rate."""
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"complement objective training needs a learning rate in each parameter group, {type(optimizer).__name__} "
+            'has groups without "lr", to which lr_ratio applies: use an optimizer with a learning rate "lr"'
+        )
 
 
 @contextlib.contextmanager
@@ -58,6 +96,14 @@ def scaled_learning_rate(primary: Optimizer, optimizer: Optimizer, ratio: float)
     finally:
         for group, rate in zip(optimizer.param_groups, before, strict=True):
             group["lr"] = rate
+
+
+def scale_gradients(optimizer: Optimizer, factor: Tensor) -> None:
+    """Multiplies the gradients that there are with a scalar, in place."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor.to(parameter.grad.device))
 
 
 def copy_hyperparameters(primary: Optimizer, separate: Optimizer) -> None:

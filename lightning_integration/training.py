@@ -20,47 +20,43 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, MutableMapping, MutableSequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from cot_kernels import complement_entropy
 
-from .batches import target_shares
-from .optimizers import ComplementOptimizer, copy_hyperparameters, scaled_learning_rate, second_optimizer
-from .passes import check_trainable, kept_batchnorm_stats, replaced_training_step
+from .loss import ComplementLoss, LogitsFunction, WindowLoss, check_objective
+from .optimizers import (
+    ComplementOptimizer,
+    check_learning_rates,
+    copy_hyperparameters,
+    scale_gradients,
+    scaled_learning_rate,
+    second_optimizer,
+)
+from .passes import check_trainable, kept_buffers, kept_random_state, replaced
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
-else:
-    LightningModule = object
 
-__all__ = ["ComplementLoss", "ComplementObjectiveEngine", "ComplementObjectiveMixin", "LogitsFunction"]
-
-# Any, not Tensor: jsonargparse takes what returns a class for a factory of its instances.
-ComplementLoss = Callable[[Tensor, Tensor], Any]
-"""`(logits, targets) -> scalar`, for example `cot_kernels.complement_entropy`."""
-
-LogitsFunction = Callable[[Any], tuple[Tensor, Tensor]]
-"""`batch -> (logits, targets)`, run with gradients and in training mode."""
-
-CHECKPOINT_KEY = "complement_optimizer"
+__all__ = ["ComplementObjectiveEngine"]
 
 
 class ComplementObjectiveEngine:
     """The second of COT's two steps, for a `LightningModule` in automatic optimization.
 
-    The engine is told what happens during training (`start`, `batch_started`, `backward_finished`) and
-    takes both steps when asked (`optimizer_step`). `ComplementObjectiveMixin` makes these calls from the
-    module's own hooks, `ComplementObjectiveTraining` from those of a callback.
+    The engine is told what happens during training (`start`, `batch_started`, `backward_started`,
+    `backward_finished`) and takes both steps when asked (`optimizer_step`). `ComplementObjectiveMixin` makes these
+    calls from the module's own hooks, `ComplementObjectiveTraining` from those of a callback.
 
     With `accumulate_grad_batches=n` the complement step covers the same micro-batches as the primary
-    step did, in the same order. Its loss is their mean weighted by valid targets (all that are not -100),
-    which is the loss of one large batch, in a last window of fewer than n too; where the targets cannot be
-    found in the batches, all weigh the same.
+    step did, in the same order. Its loss is their mean weighted by valid targets (all that are not -100; class
+    probabilities count as their rows), which is the loss of one large batch, in a last window of fewer than n too.
+    Without valid targets loss and gradients are zero.
 
     Args:
         objective: complement loss, `(logits, targets) -> scalar`, a mean over valid targets. Default:
@@ -77,11 +73,11 @@ class ComplementObjectiveEngine:
         start_epoch: first epoch with complement steps, counted from 0.
         freeze_batchnorm_stats: leave running means and variances of batch normalization as the primary pass
             left them. Otherwise the second pass updates them too.
-        log_name: name of the complement loss in the logs.
+        log_name: name of the complement loss in the logs, or None not to log it.
 
     Raises:
         TypeError: an argument is not of the kind described.
-        ValueError: `optimizer` is an unknown word, or a number is out of range.
+        ValueError: `optimizer` is an unknown word, a number is out of range, or `log_name` is empty.
     """
 
     def __init__(
@@ -94,12 +90,9 @@ class ComplementObjectiveEngine:
         every_n_steps: int = 1,
         start_epoch: int = 0,
         freeze_batchnorm_stats: bool = False,
-        log_name: str = "train_complement",
+        log_name: str | None = "train_complement",
     ) -> None:
-        if not callable(objective):
-            raise TypeError(
-                f"objective must be a callable (logits, targets) -> scalar Tensor, got {type(objective).__name__}"
-            )
+        check_objective("objective", objective)
         if optimizer not in ("shared", "separate") and not callable(optimizer):
             raise ValueError(
                 'optimizer must be "separate", "shared" or a callable from parameters to an Optimizer, '
@@ -109,6 +102,12 @@ class ComplementObjectiveEngine:
         check_positive("weight", weight)
         _check_count("every_n_steps", every_n_steps, least=1)
         _check_count("start_epoch", start_epoch, least=0)
+        if not isinstance(freeze_batchnorm_stats, bool):
+            raise TypeError(f"freeze_batchnorm_stats must be a bool, got {type(freeze_batchnorm_stats).__name__}")
+        if log_name is not None and not isinstance(log_name, str):
+            raise TypeError(f"log_name must be a str, or None not to log, got {type(log_name).__name__}")
+        if log_name == "":
+            raise ValueError("log_name must not be empty; pass None not to log the complement loss")
         self.objective = objective
         self.optimizer = optimizer
         self.lr_ratio = lr_ratio
@@ -126,7 +125,10 @@ class ComplementObjectiveEngine:
         self._window: list[Any] = []  # micro-batches whose gradients the coming primary step will use
         self._window_step = 0  # trainer.global_step when the window was filled
         self._batch: Any = None
+        self._in_backward = False
         self._in_complement_pass = False
+        self._rehearsed = False
+        self._logged = False
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies, for spawned processes too, get the settings: optimizers and batches belong to one run.
@@ -144,11 +146,13 @@ class ComplementObjectiveEngine:
                 fewer than one optimizer, LBFGS, a strategy that cannot take the step, or an optimizer that
                 cannot be built a second time.
             TypeError: the function given as `optimizer` does not return an Optimizer.
+            ValueError: it returns one over other parameters, or an optimizer has no learning rate.
         """
         check_trainable(module, shared=self.optimizer == "shared")
         self._prepare(module)
         self._window.clear()
         self._batch = None
+        self._rehearsed = False
         # When a checkpoint was only read for its weights (load_from_checkpoint, trainer.test) the
         # primary optimizer starts afresh, so the complement optimizer's state must not come back either.
         if module.trainer.ckpt_path is None:
@@ -156,13 +160,15 @@ class ComplementObjectiveEngine:
 
     def _prepare(self, module: LightningModule) -> None:
         self._primary = module.trainer.optimizers[0]
+        check_learning_rates(self._primary)
         self._own = None if self.optimizer == "shared" else second_optimizer(self._primary, self.optimizer)
 
-    def batch_started(self, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remembers the micro-batch that is about to be trained on.
+    def batch_started(self, module: LightningModule, logits: LogitsFunction, batch: Any, batch_idx: int) -> None:
+        """Remembers the micro-batch that is about to be trained on; rehearses the complement loss on the first.
 
         Raises:
             RuntimeError: the primary optimizer stepped on the previous batches and no complement step followed.
+            TypeError, ValueError: `logits` or the objective does not return what it must.
         """
         if batch_idx % module.trainer.accumulate_grad_batches == 0:  # Lightning's own rule for a new window
             if self._window and module.trainer.global_step > self._window_step:
@@ -172,8 +178,29 @@ class ComplementObjectiveEngine:
                     "super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)"
                 )
             self._window.clear()
+        if not self._rehearsed:
+            self._rehearse(module, logits, _copied(batch))
         # A training_step may pop the labels out of its batch; the second pass must still find them.
-        self._batch = copy.copy(batch) if isinstance(batch, (MutableMapping, MutableSequence)) else batch
+        self._batch, self._in_backward = _copied(batch), False
+
+    def _rehearse(self, module: LightningModule, logits: LogitsFunction, batch: Any) -> None:
+        def loss(batch: Any) -> Tensor:
+            with torch.enable_grad():
+                return WindowLoss(self.objective, logits).part(batch).detach()
+
+        # Through the strategy, as the real pass; without gradients, for DDP would wait for their backward pass.
+        with (
+            kept_random_state(module),
+            kept_buffers(module.modules()),
+            replaced(module, "training_step", loss),
+            torch.no_grad(),
+        ):
+            module.trainer.strategy.training_step(batch)
+        self._rehearsed = True
+
+    def backward_started(self) -> None:
+        """Tells a loss without a backward pass, as for the statistics of averaged weights, from an unreported one."""
+        self._in_backward = not self._in_complement_pass
 
     def backward_finished(self, module: LightningModule) -> None:
         """Puts the current micro-batch into the window.
@@ -192,7 +219,7 @@ class ComplementObjectiveEngine:
             )
         self._window.append(self._batch)
         self._window_step = module.trainer.global_step
-        self._batch = None
+        self._batch, self._in_backward = None, False
 
     def optimizer_step(
         self,
@@ -207,7 +234,7 @@ class ComplementObjectiveEngine:
         """Both steps: `primary_step(epoch, batch_idx, optimizer, closure)`, then the complement's over the window.
 
         The mean complement loss, without its weight, is logged under `log_name`. There is no complement step
-        before `start_epoch`, between every n-th steps, and where every micro-batch of the window was skipped.
+        before `start_epoch`, between every n-th steps, and where no micro-batch of the window had a backward pass.
 
         Args:
             module: the module in training.
@@ -216,8 +243,9 @@ class ComplementObjectiveEngine:
             epoch, batch_idx, optimizer, closure: as given to the `optimizer_step` hook.
 
         Raises:
-            RuntimeError: a backward pass was not reported with `backward_finished`.
-            ValueError: the objective did not return a scalar.
+            RuntimeError: a backward pass was not reported with `backward_finished`, the optimizer evaluates its loss
+                more than once a step, or the module logs something else under `log_name`.
+            TypeError, ValueError: `logits` or the objective did not return what it must.
         """
         primary_step(epoch, batch_idx, optimizer, None if closure is None else self._checked(module, closure))
         # The hook runs before global_step counts the primary step.
@@ -227,9 +255,18 @@ class ComplementObjectiveEngine:
         self._window.clear()
 
     def _checked(self, module: LightningModule, closure: Callable[[], Any]) -> Callable[[], Any]:
+        evaluated = False
+
         def run() -> Any:
-            loss = closure()  # None when training_step skipped the batch
-            if loss is not None and self._batch is not None:
+            nonlocal evaluated
+            if evaluated:
+                raise RuntimeError(
+                    f"complement objective training does not support {type(self._primary).__name__}, which evaluates "
+                    "its loss more than once a step; use a first-order optimizer such as SGD or Adam"
+                )
+            evaluated = True
+            loss = closure()
+            if self._in_backward:
                 raise RuntimeError(
                     f"a backward pass of {type(module).__name__} was not recorded for its complement step; "
                     "an overridden on_after_backward must call super().on_after_backward()"
@@ -242,46 +279,59 @@ class ComplementObjectiveEngine:
         if self._primary is not module.trainer.optimizers[0]:  # the learning rate finder trains before the start
             self._prepare(module)
         assert self._primary is not None
+        self._restore()
         optimizer = self._own or self._primary
-        if self._own is not None and self._restored is not None:
-            self._own.load_state_dict(self._restored)
-            self._restored = None
         strategy = module.trainer.strategy
-        values: list[Tensor] = []
-
-        def complement_loss(share: Tensor | float, batch: Any) -> Tensor:
-            value = self.objective(*logits(batch))
-            if value.ndim != 0:
-                raise ValueError(f"the objective must return a scalar, got shape {tuple(value.shape)}")
-            # The mean over no targets is NaN; its share is 0 and must stay out of the sum.
-            part = value * share if isinstance(share, float) else torch.where(share > 0, value * share, 0)
-            values.append(part.detach())
-            return part * self.weight
+        loss = WindowLoss(self.objective, logits)
 
         def closure() -> Tensor:
+            nonlocal loss
+            loss = WindowLoss(self.objective, logits)
             module.optimizer_zero_grad(epoch, batch_idx, optimizer)
-            for left, batch, share in zip(
-                reversed(range(len(self._window))), self._window, target_shares(self._window), strict=True
-            ):
+            for left, batch in zip(reversed(range(len(self._window))), self._window, strict=True):
                 # As in the primary pass, gradients cross processes once per step.
                 block_sync = getattr(strategy, "block_backward_sync", contextlib.nullcontext)
-                with (
-                    block_sync() if left else contextlib.nullcontext(),
-                    replaced_training_step(module, partial(complement_loss, share)),
-                ):
-                    strategy.backward(cast(Tensor, strategy.training_step(batch)), optimizer)
-            return torch.stack(values).sum()  # not None, which would tell the scaler to skip the step
+                with block_sync() if left else contextlib.nullcontext():
+                    with replaced(module, "training_step", loss.part):
+                        part = cast(Tensor, strategy.training_step(batch))
+                    if left < len(self._window) - 1:
+                        scale_gradients(optimizer, loss.kept)
+                    strategy.backward(part * self.weight, optimizer)
+            return loss.mean  # not None, which would tell the scaler to skip the step
 
         if self.optimizer == "separate":
             copy_hyperparameters(self._primary, optimizer)
-        frozen = kept_batchnorm_stats(module) if self.freeze_batchnorm_stats else contextlib.nullcontext()
+        layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+        frozen = kept_buffers(layers) if self.freeze_batchnorm_stats else contextlib.nullcontext()
         self._in_complement_pass = True
         try:
             with torch.enable_grad(), frozen, scaled_learning_rate(self._primary, optimizer, self.lr_ratio):
                 strategy.optimizer_step(optimizer, closure)
         finally:
             self._in_complement_pass = False
-        module.log(self.log_name, torch.stack(values).sum(), on_step=True, on_epoch=False, prog_bar=True)
+        self._log(module, loss.mean)
+
+    def _restore(self) -> None:
+        # Here, not when it was loaded: a callback may put the primary's groups back (BaseFinetuning) after the start.
+        if self._own is None or self._restored is None:
+            return
+        if self.optimizer == "separate":
+            assert self._primary is not None
+            # The saved optimizer had the groups of its last step; copy_hyperparameters adds what came since.
+            self._own = second_optimizer(self._primary, self.optimizer, len(self._restored["param_groups"]))
+        self._own.load_state_dict(self._restored)
+        self._restored = None
+
+    def _log(self, module: LightningModule, value: Tensor) -> None:
+        if self.log_name is None:
+            return
+        if not self._logged and self.log_name in module.trainer.callback_metrics:
+            raise RuntimeError(
+                f"{type(module).__name__} logs {self.log_name!r} itself, which is the name of the complement loss: "
+                "choose another log_name, or None not to log it"
+            )
+        self._logged = True
+        module.log(self.log_name, value, on_step=True, on_epoch=False, prog_bar=True)
 
     def state_dict(self, module: LightningModule) -> dict[str, Any]:
         """The complement optimizer's state; empty when the optimizer is shared."""
@@ -300,104 +350,8 @@ class ComplementObjectiveEngine:
         self._restored = state if state and self.optimizer != "shared" else None
 
 
-class ComplementObjectiveMixin(LightningModule):
-    """Adds the complement step to a `LightningModule`; list it before the module class.
-
-        class Classifier(ComplementObjectiveMixin, pl.LightningModule):
-            def complement_logits(self, batch):
-                x, y = batch
-                return self(x), y
-
-    Nothing else changes: `training_step` computes the cross-entropy, `configure_optimizers` returns one
-    optimizer. Per batch the optimizer steps on that loss and then, after a fresh forward, on the
-    complement entropy of `complement_logits` (Chen et al., ICLR 2019, arXiv 1903.01182). The mean
-    complement loss of each step is logged as `train_complement`.
-
-    `training_step` is not run a second time, so metrics and logs update once. Hooks around the backward
-    pass and the optimizer step (`on_before_backward`, `on_after_backward`, `on_before_optimizer_step`,
-    `optimizer_zero_grad`, `configure_gradient_clipping`) run for both steps. Overrides of
-    `on_fit_start`, `on_train_batch_start`, `on_after_backward`, `optimizer_step`, `on_save_checkpoint`
-    and `on_load_checkpoint` must call `super()`.
-
-    With a separate optimizer its state travels in the checkpoint beside the primary's. Checkpoints
-    interchange with plain training: either kind loads into the other.
-    """
-
-    _complement_engine: ComplementObjectiveEngine | None = None
-    _complement_configured = False
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        for base in cls.__mro__[: cls.__mro__.index(ComplementObjectiveMixin)]:
-            if "optimizer_step" in vars(base) and not issubclass(base, ComplementObjectiveMixin):
-                raise TypeError(
-                    f"{cls.__name__} lists {base.__name__} before ComplementObjectiveMixin, which would "
-                    "leave the complement step out; write "
-                    f"class {cls.__name__}(ComplementObjectiveMixin, {base.__name__})"
-                )
-
-    def complement_logits(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """The logits of a batch, with their graph, and its targets: the complement loss's arguments."""
-        raise NotImplementedError(
-            f"{type(self).__name__} must override complement_logits(batch) -> (logits, targets) "
-            "for complement objective training"
-        )
-
-    def configure_complement_objective(self) -> ComplementObjectiveEngine | None:
-        """Override to choose another loss, optimizer or weight, or return None for plain training.
-
-        Called once, before the first batch.
-        """
-        return ComplementObjectiveEngine()
-
-    def _engine(self) -> ComplementObjectiveEngine | None:
-        if not self._complement_configured:
-            self._complement_engine = self.configure_complement_objective()
-            self._complement_configured = True
-        return self._complement_engine
-
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        if (engine := self._engine()) is not None:
-            if type(self).complement_logits is ComplementObjectiveMixin.complement_logits:
-                self.complement_logits(None)  # raises, with advice, before any training
-            engine.start(self)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-        if (engine := self._engine()) is not None:
-            engine.batch_started(self, batch, batch_idx)
-        return super().on_train_batch_start(batch, batch_idx)
-
-    def on_after_backward(self) -> None:
-        super().on_after_backward()
-        if (engine := self._engine()) is not None:
-            engine.backward_finished(self)
-
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Any,
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
-        if (engine := self._engine()) is None:
-            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-            return
-        engine.optimizer_step(
-            self, self.complement_logits, super().optimizer_step, epoch, batch_idx, optimizer, optimizer_closure
-        )
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        engine = self._engine()
-        # Weights-only checkpoints carry no optimizer state, neither the primary's nor this one's.
-        if engine is not None and "optimizer_states" in checkpoint and (state := engine.state_dict(self)):
-            checkpoint[CHECKPOINT_KEY] = state
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        if (engine := self._engine()) is not None:
-            engine.load_state_dict(checkpoint.get(CHECKPOINT_KEY, {}))
+def _copied(batch: Any) -> Any:
+    return copy.copy(batch) if isinstance(batch, (MutableMapping, MutableSequence)) else batch
 
 
 def check_positive(name: str, value: float) -> None:

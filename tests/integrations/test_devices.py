@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from integrations.loops import adam, by_norm, largest_gap, sgd, two_step_loop
+from integrations.loops import adam, by_norm, largest_gap, published_complement_entropy, sgd, two_step_loop
 from torch import Tensor, nn
 from torch.optim import Adam
 
@@ -122,21 +122,58 @@ def test_two_processes_equal_one_with_batches_twice_as_large(
     way: str, options: dict[str, Any], accumulate: int, pl: ModuleType, rows: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
     inputs, targets = rows[0][:20], rows[1][:20]
-    torch.save((inputs, targets), tmp_path / "rows.pt")
-    script = tmp_path / "distributed.py"
-    script.write_text(textwrap.dedent(DISTRIBUTED))
-    command = [sys.executable, str(script), way, repr(options), str(accumulate)]
-    environment = child_environment(Path(__file__).parents[2])
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    trained = trained_in_two_processes(inputs, targets, way, options, accumulate, tmp_path)
 
     torch.manual_seed(3)
     expected = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 5)).double()
     batches = [(inputs[i : i + 4], targets[i : i + 4]) for i in range(0, 20, 4)]
     optimizers = [Adam(expected.parameters(), lr=0.01) for _ in range(2)]
     two_step_loop(expected, batches, *optimizers, accumulate=accumulate, clip=by_norm)
-    for name, value in torch.load(tmp_path / "network.pt").items():
+    for name, value in trained.items():
         torch.testing.assert_close(value, expected.state_dict()[name], rtol=0, atol=1e-8)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_processes_average_the_means_over_their_own_targets(
+    pl: ModuleType, rows: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    """In each process the mean over a window's targets, however they are spread over its micro-batches."""
+    inputs, targets = rows[0][:20], rows[1][:20].clone()
+    targets[[0, 4, 5, 8, 11, 12, 17]] = -100
+    trained = trained_in_two_processes(inputs, targets, "callback", {}, 2, tmp_path)
+
+    torch.manual_seed(3)
+    expected = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 5)).double()
+    optimizers = [Adam(expected.parameters(), lr=0.01) for _ in range(2)]
+    ranks = [[(inputs[rank::2][i : i + 2], targets[rank::2][i : i + 2]) for i in range(0, 10, 2)] for rank in (0, 1)]
+    for start in (0, 2, 4) * 2:
+        windows = [batches[start : start + 2] for batches in ranks]
+        optimizers[0].zero_grad()
+        sum(F.cross_entropy(expected(x), y) / 4 for window in windows for x, y in window).backward()  # type: ignore
+        by_norm(expected.parameters())
+        optimizers[0].step()
+        optimizers[1].zero_grad()
+        for window in windows:
+            x, y = (torch.cat(parts) for parts in zip(*window, strict=True))
+            (published_complement_entropy(expected(x), y) / 2).backward()
+        by_norm(expected.parameters())
+        optimizers[1].step()
+    for name, value in trained.items():
+        torch.testing.assert_close(value, expected.state_dict()[name], rtol=0, atol=1e-8)
+
+
+def trained_in_two_processes(
+    inputs: Tensor, targets: Tensor, way: str, options: dict[str, Any], accumulate: int, folder: Path
+) -> dict[str, Tensor]:
+    torch.save((inputs, targets), folder / "rows.pt")
+    script = folder / "distributed.py"
+    script.write_text(textwrap.dedent(DISTRIBUTED))
+    command = [sys.executable, str(script), way, repr(options), str(accumulate)]
+    environment = child_environment(Path(__file__).parents[2])
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    state: dict[str, Tensor] = torch.load(folder / "network.pt")
+    return state
 
 
 def child_environment(root: Path) -> dict[str, str]:

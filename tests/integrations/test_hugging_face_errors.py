@@ -18,6 +18,8 @@ from integrations.hugging_face_models import (
     VOCABULARY,
     arguments,
     bert,
+    continued_texts,
+    dataset,
     gpt2,
     labelled_texts,
     llama,
@@ -211,3 +213,13 @@ def test_the_one_step_loss_needs_logits_and_labels() -> None:
         loss({"last_hidden_state": torch.zeros(2, CLASSES)}, torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="do not fit logits"):
         loss({"logits": torch.zeros(2, CLASSES)}, torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("network", [gpt2, llama])
+def test_the_one_step_loss_refuses_causal_language_models(network: Any, arguments: Any) -> None:
+    data = dataset(continued_texts())
+    trainer = transformers.Trainer(
+        network(), arguments(), train_dataset=data, compute_loss_func=complement_compute_loss()
+    )
+    with pytest.raises(ValueError, match=r"got CausalLMOutput.*=causal_lm_complement_compute_loss\(\)"):
+        trainer.train()

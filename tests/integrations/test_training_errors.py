@@ -9,6 +9,7 @@ import pytest
 import torch
 from integrations.loops import adam
 from torch.optim import SGD
+from torch.optim.lr_scheduler import StepLR
 
 from lightning_integration import (
     ComplementObjectiveEngine,
@@ -33,6 +34,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
         ({"every_n_steps": 0}, ValueError, "every_n_steps must be at least 1, got 0"),
         ({"every_n_steps": 1.5}, TypeError, "every_n_steps must be an int, got float"),
         ({"start_epoch": -1}, ValueError, "start_epoch must be at least 0, got -1"),
+        ({"freeze_batchnorm_stats": "no"}, TypeError, "freeze_batchnorm_stats must be a bool, got str"),
+        ({"freeze_batchnorm_stats": 1}, TypeError, "freeze_batchnorm_stats must be a bool, got int"),
+        ({"log_name": 5}, TypeError, "log_name must be a str, or None not to log, got int"),
+        ({"log_name": ""}, ValueError, "log_name must not be empty; pass None"),
     ],
 )
 @pytest.mark.parametrize("cls", [ComplementObjectiveEngine, ComplementObjectiveTraining])
@@ -50,14 +55,23 @@ def test_bad_logits_function() -> None:
 def refused(request: pytest.FixtureRequest, classifier: Any, network: Any, loader: Any, trainer: Any) -> Any:
     """Trains a module with COT in one of the two ways, which must raise before the first step."""
 
-    def fit(message: str, cls: Any = classifier, optimizer: Any = adam, prepare: Any = None, **knobs: Any) -> None:
+    def fit(
+        message: str,
+        cls: Any = classifier,
+        optimizer: Any = adam,
+        prepare: Any = None,
+        error: type[Exception] = RuntimeError,
+        **knobs: Any,
+    ) -> None:
         mixin = request.param == "mixin"
+        if "optimizer_function" in knobs:
+            knobs["optimizer"] = knobs.pop("optimizer_function")
         module = cls(network(), optimizer, ComplementObjectiveEngine(**knobs) if mixin else None)
         before = {name: value.clone() for name, value in module.state_dict().items()}
         run = trainer(callbacks=[] if mixin else [ComplementObjectiveTraining(**knobs)])
         if prepare is not None:
             prepare(module, run)
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(error, match=message):
             run.fit(module, loader)
         assert module.calls == 0
         for name, value in module.state_dict().items():
@@ -73,12 +87,65 @@ def test_manual_optimization_is_refused(refused: Any) -> None:
     refused("uses manual optimization .*leave automatic_optimization at True", prepare=manual)
 
 
-def test_several_optimizers_are_refused(refused: Any, classifier: Any) -> None:
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda optimizers: optimizers,
+        tuple,
+        lambda optimizers: (optimizers, [StepLR(optimizer, 1) for optimizer in optimizers]),
+        lambda optimizers: [{"optimizer": optimizer} for optimizer in optimizers],
+    ],
+)
+def test_several_optimizers_are_refused(returned: Any, refused: Any, classifier: Any) -> None:
+    """Before Lightning refuses them, for its message advises manual optimization."""
+    calls: list[int] = []
+
     class Several(classifier):  # type: ignore[misc]
+        def configure_optimizers(self) -> Any:
+            calls.append(1)
+            return returned([adam(self.parameters()), adam(self.parameters())])
+
+    refused(r"configure_optimizers of Several gave 2: let it return one over all parameters, in parameter gr", Several)
+    assert len(calls) == 1
+
+
+def test_a_setup_that_leaves_out_super_leaves_the_refusal_to_lightning(
+    classifier: Any, network: Any, loader: Any, trainer: Any
+) -> None:
+    """The mixin has no earlier hook from which it could see what configure_optimizers returns; the callback has."""
+
+    class Several(classifier):  # type: ignore[misc]
+        def setup(self, stage: str) -> None:
+            pass
+
         def configure_optimizers(self) -> Any:
             return [adam(self.parameters()), adam(self.parameters())]
 
-    refused("multiple optimizers", Several)  # Lightning's own check comes first
+    with pytest.raises(RuntimeError, match="multiple optimizers"):
+        trainer().fit(Several(network(), engine=ComplementObjectiveEngine()), loader)
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda optimizer: [optimizer],
+        lambda optimizer: ([optimizer], [StepLR(optimizer, 1)]),
+        lambda optimizer: {"optimizer": optimizer, "lr_scheduler": StepLR(optimizer, 1)},
+    ],
+)
+@pytest.mark.parametrize("engine", [None, ComplementObjectiveEngine()])
+def test_one_optimizer_in_whatever_form_is_taken(
+    engine: Any, returned: Any, classifier: Any, network: Any, loader: Any, trainer: Any
+) -> None:
+    class One(classifier):  # type: ignore[misc]
+        def configure_optimizers(self) -> Any:
+            return returned(adam(self.parameters()))
+
+    module = One(network(), engine=engine)
+    run = trainer(max_epochs=1, callbacks=[] if engine else [ComplementObjectiveTraining()])
+    run.fit(module, loader)
+    assert "train_complement" in run.callback_metrics
+    assert "configure_optimizers" not in vars(module)
 
 
 def test_no_optimizer_is_refused(refused: Any, classifier: Any) -> None:
@@ -135,12 +202,20 @@ def test_an_optimizer_that_cannot_be_rebuilt_is_refused(refused: Any) -> None:
     )
 
 
-def test_a_function_that_makes_no_optimizer_is_refused(
-    classifier: Any, network: Any, loader: Any, trainer: Any
-) -> None:
-    cot = ComplementObjectiveTraining(optimizer=lambda parameters: None)  # type: ignore[arg-type,return-value]
-    with pytest.raises(TypeError, match=r"optimizer must return a torch\.optim\.Optimizer.*got NoneType"):
-        trainer(callbacks=[cot]).fit(classifier(network()), loader)
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda parameters: None, TypeError, r"must return a torch\.optim\.Optimizer.*got NoneType"),
+        (torch.optim.LBFGS, RuntimeError, "does not support LBFGS.*use a first-order optimizer"),
+        (
+            lambda parameters: SGD([*parameters, torch.nn.Parameter(torch.zeros(2))], lr=1.0),
+            ValueError,
+            "over the parameters it is called with, got a SGD with 1 that are not among them: pass a function",
+        ),
+    ],
+)
+def test_what_a_function_for_the_optimizer_returns(build: Any, error: Any, message: str, refused: Any) -> None:
+    refused(message, error=error, optimizer_function=build)
 
 
 def test_a_module_without_forward_is_refused(pl: ModuleType, trainer: Any, loader: Any) -> None:
@@ -240,7 +315,16 @@ def test_overrides_that_leave_out_super_are_found(
         trainer().fit(forgetful(network(), engine=ComplementObjectiveEngine()), loader)
 
 
-def test_a_loss_that_is_not_a_scalar_is_refused(classifier: Any, network: Any, loader: Any, trainer: Any) -> None:
-    engine = ComplementObjectiveEngine(lambda logits, targets: logits.sum(dim=1))
-    with pytest.raises(ValueError, match=r"must return a scalar, got shape \(4,\)"):
-        trainer().fit(classifier(network(), engine=engine), loader)
+def test_a_metric_under_the_name_of_the_loss_is_refused(
+    classifier: Any, network: Any, loader: Any, trainer: Any
+) -> None:
+    for engine in (None, ComplementObjectiveEngine(log_name="train_loss")):
+        cot = [] if engine else [ComplementObjectiveTraining(log_name="train_loss")]
+        with pytest.raises(RuntimeError, match=r"logs 'train_loss' itself.*choose another log_name, or None"):
+            trainer(callbacks=cot).fit(classifier(network(), engine=engine), loader)
+
+
+def test_without_a_name_nothing_is_logged(classifier: Any, network: Any, loader: Any, trainer: Any) -> None:
+    run = trainer(max_epochs=1, callbacks=[ComplementObjectiveTraining(log_name=None)])
+    run.fit(classifier(network(), adam, None), loader)
+    assert set(run.callback_metrics) == {"train_loss"}
