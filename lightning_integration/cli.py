@@ -98,9 +98,13 @@ class ComplementCLI(LightningCLI):
             for name, purpose in PURPOSES.items()
         }
         main_parser = {"prog": PROGRAM, "description": DESCRIPTION, "formatter_class": HelpFormatter}
-        super().__init__(
-            args=None if args is None else list(args), parser_class=Parser, parser_kwargs={**main_parser, **parsers}
-        )
+        super().__init__(args=None if args is None else list(args), parser_kwargs={**main_parser, **parsers})
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        # Not by the option parser_class, which came after Lightning 2.4.
+        parser = super().init_parser(**kwargs)
+        parser.__class__ = Parser  # adds no state of its own
+        return parser
 
     def instantiate_classes(self) -> None:
         try:

@@ -13,6 +13,7 @@ from integrations.hugging_face_models import (
     BATCH,
     CLASSES,
     LENGTH,
+    LOSS_ROUNDING,
     ROWS,
     TASKS,
     Batch,
@@ -104,7 +105,7 @@ def test_equals_a_plain_pytorch_loop(task: str, setting: str, trained: Any) -> N
     )
     assert largest_gap(network, expected) < 1e-8
     assert fit.state.global_step == len(history)
-    assert logged(fit, "loss") == pytest.approx([primary for primary, _ in history], abs=1e-6)
+    assert logged(fit, "loss") == pytest.approx([primary for primary, _ in history], abs=LOSS_ROUNDING)
     assert logged(fit, "train_complement") == pytest.approx([complement for _, complement in history], abs=1e-6)
 
 
