@@ -57,8 +57,10 @@ def causal_lm_logits_and_targets(module: Callable[..., Any], batch: Mapping[str,
     """For causal language models: each position's logits with the label of the next, (M, K) and (M).
 
     Raises:
-        KeyError: the batch has no "labels".
+        TypeError: the batch is no mapping with "labels".
     """
+    if not (isinstance(batch, Mapping) and "labels" in batch):
+        raise TypeError(f'a batch must be a mapping with "labels", got {described(batch)}: {HOW_TO_SAY_WHERE}')
     output = _called(module, **{name: value for name, value in batch.items() if name != "labels"})
     return _logits_of(output)[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
 

@@ -31,7 +31,7 @@ UNDERFLOW = 1e-25  # what float32 may lose: its smallest normal number, divided 
 
 on_aten = pytest.mark.parametrize("device", ["aten", "aten-blocks"], indirect=True)
 on_triton = pytest.mark.parametrize("device", [pytest.param("triton", marks=pytest.mark.gpu)], indirect=True)
-few = settings(max_examples=max(10, settings.default.max_examples // 20))  # the interpreter takes its time
+few = settings(max_examples=max(10, settings.default.max_examples // 32))  # the interpreter takes its time
 
 
 @dataclass(frozen=True)

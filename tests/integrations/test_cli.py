@@ -43,7 +43,7 @@ KNOBS = {
     "weight": 2.0,
     "every_n_steps": 2,
     "start_epoch": 1,
-    "logits": "lightning_integration.causal_lm_logits_and_targets",
+    "logits": f"{__name__}.named_logits",
     "freeze_batchnorm_stats": True,
     "log_name": "flatness",
 }
@@ -183,6 +183,10 @@ def test_under_lightnings_other_name() -> None:
 # --------------------------------------------------------------------------------------------- knobs
 
 
+def named_logits(module: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return logits_and_targets(module, batch)
+
+
 def test_every_knob_from_yaml(with_knobs: Callable[..., Path]) -> None:
     assert list(KNOBS) == list(inspect.signature(ComplementObjectiveTraining).parameters)
     command_line = run("fit", config=with_knobs(**KNOBS))  # no complement step: it starts in the epoch after
@@ -191,7 +195,7 @@ def test_every_knob_from_yaml(with_knobs: Callable[..., Path]) -> None:
     assert engine.objective is cot_kernels.guided_complement_entropy
     plain = ("lr_ratio", "weight", "every_n_steps", "start_epoch", "freeze_batchnorm_stats", "log_name")
     assert {name: getattr(engine, name) for name in plain} == {name: KNOBS[name] for name in plain}
-    assert callback.logits.__name__ == "causal_lm_logits_and_targets"
+    assert callback.logits is named_logits
     own = engine.optimizer(command_line.model.parameters())
     assert isinstance(own, torch.optim.SGD)
     assert own.param_groups[0]["momentum"] == 0.75

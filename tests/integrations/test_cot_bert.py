@@ -178,7 +178,8 @@ def test_trains_with_dropout_and_validates_without(encoder_folder: Path, trainer
 
     batches = loader(make_batches(1))
     trainer(max_epochs=1, num_sanity_val_steps=0).fit(Watching(encoder_folder, CLASSES), batches, batches)
-    assert modes == [(True, True), (True, True), (False, False)]  # two passes of training, one of validation
+    # The rehearsal, two passes of training, one of validation.
+    assert modes == [(True, True), (True, True), (True, True), (False, False)]
 
 
 def test_reads_half_precision_weights_into_float32(encoder_folder: Path, tmp_path: Path) -> None:

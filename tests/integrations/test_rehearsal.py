@@ -16,7 +16,7 @@ from integrations.loops import adam, adamw, largest_gap, published_complement_en
 from torch import Tensor, nn
 
 from cot_kernels import ComplementEntropy, complement_entropy
-from lightning_integration import ComplementObjectiveEngine, ComplementObjectiveTraining
+from lightning_integration import ComplementObjectiveEngine, ComplementObjectiveTraining, causal_lm_logits_and_targets
 
 # Lightning's advice about loaders, loggers and step counts has no place in a unit test's output.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -295,3 +295,8 @@ def test_optimizers_without_a_learning_rate(classifier: Any, network: Any, loade
         with pytest.raises(ValueError, match='Fixed has groups without "lr", to which lr_ratio applies: use an optim'):
             trainer(callbacks=[ComplementObjectiveTraining(optimizer=other)]).fit(module, loader)
         assert module.calls == 0
+
+
+def test_causal_logits_of_a_batch_without_labels() -> None:
+    with pytest.raises(TypeError, match='a batch must be a mapping with "labels", got list'):
+        causal_lm_logits_and_targets(nn.Identity(), [torch.zeros(2, 3)])  # type: ignore[arg-type]
