@@ -298,5 +298,5 @@ def test_optimizers_without_a_learning_rate(classifier: Any, network: Any, loade
 
 
 def test_causal_logits_of_a_batch_without_labels() -> None:
-    with pytest.raises(TypeError, match='a batch must be a mapping with "labels", got list'):
+    with pytest.raises(TypeError, match='a batch must be a mapping with "labels", got a list of 1: Tensor'):
         causal_lm_logits_and_targets(nn.Identity(), [torch.zeros(2, 3)])  # type: ignore[arg-type]
