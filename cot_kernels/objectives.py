@@ -25,8 +25,9 @@ Sources: complement entropy, Chen et al., ICLR 2019 (arXiv 1903.01182); guided c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -40,6 +41,39 @@ class RowValues(NamedTuple):
     d_negentropy: Tensor
 
 
+class _Torch:
+    """What the formulas need besides operators, for tensors."""
+
+    finfo, full_like, sigmoid, where, xlogy = torch.finfo, torch.full_like, torch.sigmoid, torch.where, torch.xlogy
+
+    @staticmethod
+    def softplus(x: Tensor) -> Tensor:
+        # Beyond the threshold softplus(x) is x itself: 40 keeps float64 exact, the default of 20 is off by 1e-10.
+        return softplus(x, threshold=40)
+
+
+class _NumPy:
+    """The same for NumPy's arrays, in which the CPU computes small problems."""
+
+    finfo, full_like, where = np.finfo, np.full_like, np.where
+
+    @staticmethod
+    def sigmoid(x: Any) -> Any:
+        return 1 / (1 + np.exp(-x))
+
+    @staticmethod
+    def xlogy(x: Any, y: Any) -> Any:
+        return x * np.log(np.maximum(y, np.finfo(y.dtype).tiny))
+
+    @staticmethod
+    def softplus(x: Any) -> Any:
+        return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
+
+
+def _functions(rows: Tensor) -> Any:
+    return _Torch if isinstance(rows, Tensor) else _NumPy
+
+
 @dataclass(frozen=True)
 class ComplementEntropyObjective:
     """``scale * u (S + ln u)``; with ``eps = 0`` exactly ``scale * S``."""
@@ -51,19 +85,19 @@ class ComplementEntropyObjective:
         return ComplementEntropyObjective(self.scale * factor, self.eps)
 
     def rows(self, log_odds: Tensor, negentropy: Tensor) -> RowValues:
+        xp = _functions(log_odds)
         if self.eps == 0:
-            slope = torch.full_like(negentropy, self.scale)
-            return RowValues(negentropy * self.scale, torch.zeros_like(negentropy), slope)
-        miss = torch.sigmoid(log_odds)  # 1 - p
-        eps = max(self.eps, torch.finfo(miss.dtype).tiny)  # a smaller one would leave 0 / 0 where miss underflows
+            slope = xp.full_like(negentropy, self.scale)
+            return RowValues(negentropy * self.scale, xp.full_like(negentropy, 0), slope)
+        miss = xp.sigmoid(log_odds)  # 1 - p
+        eps = max(self.eps, xp.finfo(miss.dtype).tiny)  # a smaller one would leave 0 / 0 where miss underflows
         guarded = miss + eps
         u = miss / guarded
         d_negentropy = u * self.scale
         # xlogy(u, u) is 0, not NaN, where 1 - p underflows.
-        loss = torch.special.xlogy(d_negentropy, u).addcmul_(d_negentropy, negentropy)
-        d_log_odds = loss + d_negentropy
-        d_log_odds = torch.addcmul(d_log_odds, d_log_odds, miss, value=-1).div_(guarded).mul_(eps)
-        return RowValues(loss, d_log_odds, d_negentropy)
+        loss = xp.xlogy(d_negentropy, u) + d_negentropy * negentropy
+        fading = loss + d_negentropy
+        return RowValues(loss, (fading - fading * miss) / guarded * eps, d_negentropy)
 
 
 @dataclass(frozen=True)
@@ -79,12 +113,13 @@ class GuidedComplementEntropyObjective:
 
     def rows(self, log_odds: Tensor, negentropy: Tensor) -> RowValues:
         plain = ComplementEntropyObjective(1.0, self.eps).rows(log_odds, negentropy)
-        p, miss = torch.sigmoid(-log_odds), torch.sigmoid(log_odds)
+        xp = _functions(log_odds)
+        p, miss = xp.sigmoid(-log_odds), xp.sigmoid(log_odds)
         guided = p + self.eps
-        guide = guided.pow(self.alpha) * self.scale
+        guide = guided**self.alpha * self.scale
         # (p + eps)^alpha has an infinite slope at p + eps = 0, but p (1 - p) / (p + eps) stays within [0, 1]; where p
         # underflows and eps = 0 it is 0 / 0, and its limit there is 1.
-        ratio = torch.where(guided > 0, p * miss / guided, miss)
+        ratio = xp.where(guided > 0, p * miss / guided, miss)
         d_log_odds = guide * (plain.d_log_odds - self.alpha * ratio * plain.loss)
         return RowValues(guide * plain.loss, d_log_odds, guide * plain.d_negentropy)
 
@@ -100,12 +135,11 @@ class CrossEntropyObjective:
         return CrossEntropyObjective(self.scale * factor, self.weight)
 
     def rows(self, log_odds: Tensor, negentropy: Tensor) -> RowValues:
-        # Beyond the threshold softplus(b) is b itself: 40 keeps float64 exact, the default of 20 is off by 1e-10.
-        loss = softplus(log_odds, threshold=40).mul_(self.scale)
+        xp = _functions(log_odds)
+        loss = xp.softplus(log_odds) * self.scale
         if self.weight:
-            loss.add_(negentropy, alpha=self.scale * self.weight)
-        d_log_odds = torch.sigmoid(log_odds) * self.scale
-        return RowValues(loss, d_log_odds, torch.full_like(negentropy, self.scale * self.weight))
+            loss = loss + negentropy * (self.scale * self.weight)
+        return RowValues(loss, xp.sigmoid(log_odds) * self.scale, xp.full_like(negentropy, self.scale * self.weight))
 
 
 Objective: TypeAlias = ComplementEntropyObjective | GuidedComplementEntropyObjective | CrossEntropyObjective

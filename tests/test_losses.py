@@ -141,13 +141,14 @@ def test_masked_classes_are_absent(case: Case, classes: int, device: torch.devic
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_one_finite_complement_class_and_none(case: Case, dtype: torch.dtype, device: torch.device) -> None:
-    logits = torch.full((3, 5), -torch.inf, dtype=dtype, device=device)
+    logits = torch.full((4, 5), -torch.inf, dtype=dtype, device=device)
     logits[0, :2] = torch.tensor([1.0, 2.0])  # target and one other
     logits[1, 0] = 3.0  # the target alone
-    logits[2, 1:3] = torch.tensor([0.5, 0.25])  # the target itself is masked
-    target = torch.zeros(3, dtype=torch.int32, device=device)
-    loss, gradient = gradient_of(case.loss, logits, target, torch.ones(3))
+    logits[2, 1:3] = torch.tensor([0.5, 0.25])  # the target itself is masked, and in the last row all are
+    target = torch.zeros(4, dtype=torch.int32, device=device)
+    loss, gradient = gradient_of(case.loss, logits, target, torch.ones(4))
     assert bool(gradient.isfinite().all())
+    assert not gradient[3, 1:].any()  # to the target itself the limit of dl/dz_g
     statistics = cot_kernels.complement_statistics(logits, target)
     assert statistics.negentropy[:2].abs().max().item() <= 1e-6
     assert statistics.complement_lse.tolist()[:2] == [2.0, -torch.inf]
