@@ -22,7 +22,6 @@ from __future__ import annotations
 import math
 import warnings
 from functools import partial
-from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -31,6 +30,7 @@ from torch.autograd import forward_ad
 
 from cot_kernels import differentiable, distributed, operators
 from cot_kernels.autograd import RowLoss, RowStatistics
+from cot_kernels.checks import check_finite, check_nonnegative, check_rows, check_word
 from cot_kernels.objectives import (
     ComplementEntropyObjective,
     CrossEntropyObjective,
@@ -38,11 +38,7 @@ from cot_kernels.objectives import (
     Objective,
 )
 
-_REDUCTIONS = ("mean", "sum", "none")
 _NORMALIZATIONS = ("classes", "complement", "entropy", "none")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_LARGEST = 1e30  # an eps, alpha or gamma beyond it would overflow float32 on the way
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class ComplementStatistics(NamedTuple):
@@ -94,8 +90,8 @@ def complement_entropy(
         >>> complement_entropy(logits, torch.tensor([0]), eps=0.0)  # wrong classes equally likely: -ln(3) / 4
         tensor(-0.2747, grad_fn=<RowLossBackward>)
     """
-    num_classes = _check(input, target, ignore_index, reduction)
-    _check_nonnegative("eps", eps)
+    num_classes = check_rows(input, target, ignore_index, reduction)
+    check_nonnegative("eps", eps)
     if num_classes == 2 and not torch.compiler.is_compiling():
         _warn_two_classes()
     objective = ComplementEntropyObjective(_scale(normalization, num_classes), float(eps))
@@ -130,9 +126,9 @@ def guided_complement_entropy(
 
     Source: Chen et al., Improving Adversarial Robustness via Guided Complement Entropy, ICCV 2019 (arXiv 1903.09799).
     """
-    num_classes = _check(input, target, ignore_index, reduction)
-    _check_nonnegative("eps", eps)
-    _check_nonnegative("alpha", alpha)
+    num_classes = check_rows(input, target, ignore_index, reduction)
+    check_nonnegative("eps", eps)
+    check_nonnegative("alpha", alpha)
     objective = GuidedComplementEntropyObjective(1 / math.log(num_classes), float(eps), float(alpha))
     return _row_loss(input, target, ignore_index, objective, reduction)
 
@@ -164,8 +160,8 @@ def complement_cross_entropy(
 
     Source: Kim et al., Imbalanced Image Classification with Complement Cross Entropy, 2021 (arXiv 2009.02189).
     """
-    num_classes = _check(input, target, ignore_index, reduction)
-    _check_finite("gamma", gamma)
+    num_classes = check_rows(input, target, ignore_index, reduction)
+    check_finite("gamma", gamma)
     objective = CrossEntropyObjective(1.0, -float(gamma) * _scale(normalization, num_classes))
     return _row_loss(input, target, ignore_index, objective, reduction)
 
@@ -185,7 +181,7 @@ def cross_entropy(input: Tensor, target: Tensor, *, ignore_index: int = -100, re
     Raises:
         TypeError, ValueError: see the head of this module.
     """
-    _check(input, target, ignore_index, reduction)
+    check_rows(input, target, ignore_index, reduction)
     return _row_loss(input, target, ignore_index, CrossEntropyObjective(1.0, 0.0), reduction)
 
 
@@ -214,7 +210,7 @@ def complement_statistics(input: Tensor, target: Tensor, *, ignore_index: int = 
         >>> -stats.negentropy  # complement entropy in nats: ln 3
         tensor([1.0986])
     """
-    _check(input, target, ignore_index, "none")
+    check_rows(input, target, ignore_index, "none")
     return ComplementStatistics(*_statistics(input, target, ignore_index))
 
 
@@ -278,7 +274,7 @@ def _as_rows(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scale(normalization: str, num_classes: int) -> float:
-    _check_word("normalization", normalization, _NORMALIZATIONS)
+    check_word("normalization", normalization, _NORMALIZATIONS)
     if normalization == "classes":
         return 1 / num_classes
     if normalization == "complement":
@@ -291,72 +287,6 @@ def _scale(normalization: str, num_classes: int) -> float:
             "classes, or another normalization"
         )
     return 1 / math.log(num_classes - 1)
-
-
-def _check(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> int:
-    """The number of classes, or an error that names the argument, what was got and what is wanted."""
-    if not isinstance(input, Tensor) or not isinstance(target, Tensor):
-        name, value = ("input", input) if not isinstance(input, Tensor) else ("target", target)
-        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
-    if input.dtype not in _FLOATS:
-        raise TypeError(f"input must be float32, bfloat16, float16 or float64 logits, got {input.dtype}")
-    if input.is_nested or target.is_nested:
-        name = "input" if input.is_nested else "target"
-        raise TypeError(f"{name} must be a dense tensor, got a nested one: pad it")
-    if input.layout is not torch.strided or target.layout is not torch.strided:
-        name, layout = ("input", input.layout) if input.layout is not torch.strided else ("target", target.layout)
-        raise TypeError(f"{name} must be a dense tensor, got layout {layout}: convert it with to_dense()")
-    if target.dtype not in _INTEGERS:
-        hint = "; class probabilities are not supported: pass class indices" if target.is_floating_point() else ""
-        raise TypeError(f"target must hold integer class indices, got {target.dtype}{hint}")
-    shape, dims = input.shape, input.dim()
-    if dims == 0:
-        raise ValueError("input must have shape (K), (N, K) or (N, K, d1, ...), got a scalar")
-    expected = shape[:1] + shape[2:] if dims > 1 else shape[:0]
-    if target.shape != expected:
-        raise ValueError(
-            f"target must have shape {tuple(expected)} for input of shape {tuple(shape)}, got {tuple(target.shape)}"
-        )
-    num_classes = shape[1] if dims > 1 else shape[0]
-    if num_classes < 2:
-        raise ValueError(
-            f"input must have at least 2 classes, got {num_classes} in shape {tuple(shape)}: the complement of the "
-            "target would be empty"
-        )
-    if distributed.is_dtensor(input) or distributed.is_dtensor(target):
-        distributed.check(input, target)
-    if input.device != target.device:
-        raise ValueError(f"input and target must be on one device, got {input.device} and {target.device}")
-    _check_word("reduction", reduction, _REDUCTIONS)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")
-    return num_classes
-
-
-def _check_word(name: str, value: str, words: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in words:
-        got = repr(value) if isinstance(value, str) else type(value).__name__
-        raise ValueError(f"{name} must be one of {', '.join(words)}, got {got}")
-
-
-def _check_finite(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    try:
-        size = abs(float(value))
-    except OverflowError:  # an int that no float can hold
-        size = math.inf
-    if not size <= _LARGEST:
-        wanted = f"at most {_LARGEST:g} in magnitude" if size < math.inf else "finite"
-        raise ValueError(f"{name} must be {wanted}, got {value}")
-
-
-def _check_nonnegative(name: str, value: float) -> None:
-    _check_finite(name, value)
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")
 
 
 def _warn_two_classes() -> None:

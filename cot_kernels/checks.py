@@ -1,0 +1,100 @@
+"""What arguments must be, and errors that name the argument, what was got and what is wanted."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from cot_kernels import distributed
+
+REDUCTIONS = ("mean", "sum", "none")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LARGEST = 1e30  # an eps, alpha or gamma beyond it would overflow float32 on the way
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_rows(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> int:
+    """Logits with their targets; returns the number of classes."""
+    check_float("input", input, "logits")
+    check_target(target)
+    shape, dims = input.shape, input.dim()
+    if dims == 0:
+        raise ValueError("input must have shape (K), (N, K) or (N, K, d1, ...), got a scalar")
+    expected = shape[:1] + shape[2:] if dims > 1 else shape[:0]
+    if target.shape != expected:
+        raise ValueError(
+            f"target must have shape {tuple(expected)} for input of shape {tuple(shape)}, got {tuple(target.shape)}"
+        )
+    num_classes = shape[1] if dims > 1 else shape[0]
+    if num_classes < 2:
+        raise ValueError(
+            f"input must have at least 2 classes, got {num_classes} in shape {tuple(shape)}: the complement of the "
+            "target would be empty"
+        )
+    if distributed.is_dtensor(input) or distributed.is_dtensor(target):
+        distributed.check(input, target)
+    check_device("target", target, input)
+    check_options(ignore_index, reduction)
+    return num_classes
+
+
+def check_float(name: str, tensor: Tensor, what: str) -> None:
+    check_dense(name, tensor)
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64 {what}, got {tensor.dtype}")
+
+
+def check_target(target: Tensor) -> None:
+    check_dense("target", target)
+    if target.dtype not in INTEGERS:
+        hint = "; class probabilities are not supported: pass class indices" if target.is_floating_point() else ""
+        raise TypeError(f"target must hold integer class indices, got {target.dtype}{hint}")
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one: pad it")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}: convert it with to_dense()")
+
+
+def check_device(name: str, tensor: Tensor, input: Tensor) -> None:
+    if tensor.device != input.device:
+        raise ValueError(f"input and {name} must be on one device, got {input.device} and {tensor.device}")
+
+
+def check_options(ignore_index: int, reduction: str) -> None:
+    check_word("reduction", reduction, REDUCTIONS)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")
+
+
+def check_word(name: str, value: str, words: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in words:
+        got = repr(value) if isinstance(value, str) else type(value).__name__
+        raise ValueError(f"{name} must be one of {', '.join(words)}, got {got}")
+
+
+def check_finite(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    try:
+        size = abs(float(value))
+    except OverflowError:  # an int that no float can hold
+        size = math.inf
+    if not size <= LARGEST:
+        wanted = f"at most {LARGEST:g} in magnitude" if size < math.inf else "finite"
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+
+
+def check_nonnegative(name: str, value: float) -> None:
+    check_finite(name, value)
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
