@@ -13,7 +13,14 @@ from cot_kernels.functional import (
     cross_entropy,
     guided_complement_entropy,
 )
-from cot_kernels.modules import ComplementCrossEntropy, ComplementEntropy, GuidedComplementEntropy
+from cot_kernels.linear import LinearLoss, linear_complement_cross_entropy, linear_complement_entropy
+from cot_kernels.modules import (
+    ComplementCrossEntropy,
+    ComplementEntropy,
+    GuidedComplementEntropy,
+    LinearComplementCrossEntropy,
+    LinearComplementEntropy,
+)
 
 __version__ = "0.1.0"
 
@@ -22,10 +29,15 @@ __all__ = [
     "ComplementEntropy",
     "ComplementStatistics",
     "GuidedComplementEntropy",
+    "LinearComplementCrossEntropy",
+    "LinearComplementEntropy",
+    "LinearLoss",
     "complement_cross_entropy",
     "complement_entropy",
     "complement_statistics",
     "cross_entropy",
     "guided_complement_entropy",
+    "linear_complement_cross_entropy",
+    "linear_complement_entropy",
     "reference",
 ]

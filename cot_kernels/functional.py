@@ -94,8 +94,8 @@ def complement_entropy(
     check_nonnegative("eps", eps)
     if num_classes == 2 and not torch.compiler.is_compiling():
         _warn_two_classes()
-    objective = ComplementEntropyObjective(_scale(normalization, num_classes), float(eps))
-    return _row_loss(input, target, ignore_index, objective, reduction)
+    objective = ComplementEntropyObjective(scale_of(normalization, num_classes), float(eps))
+    return row_loss(input, target, ignore_index, objective, reduction)
 
 
 def guided_complement_entropy(
@@ -130,7 +130,7 @@ def guided_complement_entropy(
     check_nonnegative("eps", eps)
     check_nonnegative("alpha", alpha)
     objective = GuidedComplementEntropyObjective(1 / math.log(num_classes), float(eps), float(alpha))
-    return _row_loss(input, target, ignore_index, objective, reduction)
+    return row_loss(input, target, ignore_index, objective, reduction)
 
 
 def complement_cross_entropy(
@@ -162,8 +162,8 @@ def complement_cross_entropy(
     """
     num_classes = check_rows(input, target, ignore_index, reduction)
     check_finite("gamma", gamma)
-    objective = CrossEntropyObjective(1.0, -float(gamma) * _scale(normalization, num_classes))
-    return _row_loss(input, target, ignore_index, objective, reduction)
+    objective = CrossEntropyObjective(1.0, -float(gamma) * scale_of(normalization, num_classes))
+    return row_loss(input, target, ignore_index, objective, reduction)
 
 
 def cross_entropy(input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
@@ -182,7 +182,7 @@ def cross_entropy(input: Tensor, target: Tensor, *, ignore_index: int = -100, re
         TypeError, ValueError: see the head of this module.
     """
     check_rows(input, target, ignore_index, reduction)
-    return _row_loss(input, target, ignore_index, CrossEntropyObjective(1.0, 0.0), reduction)
+    return row_loss(input, target, ignore_index, CrossEntropyObjective(1.0, 0.0), reduction)
 
 
 def complement_statistics(input: Tensor, target: Tensor, *, ignore_index: int = -100) -> ComplementStatistics:
@@ -222,23 +222,23 @@ def _statistics(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tenso
     logits, rows = _as_rows(input, target)
     if _eager(input):
         values = RowStatistics.apply(logits, rows, ignore_index)  # type: ignore[no-untyped-call]
-    elif _plain_operations():
+    elif plain_operations():
         values = differentiable.statistics(logits, rows, ignore_index)
     else:
         values = operators.statistics(logits, rows, ignore_index)
     return tuple(value.reshape(target.shape) for value in values)
 
 
-def _row_loss(input: Tensor, target: Tensor, ignore_index: int, objective: Objective, reduction: str) -> Tensor:
+def row_loss(input: Tensor, target: Tensor, ignore_index: int, objective: Objective, reduction: str) -> Tensor:
     loss: Tensor
     if distributed.is_dtensor(input):
-        rows_of_rank = partial(_row_loss, ignore_index=ignore_index, objective=objective, reduction="none")
+        rows_of_rank = partial(row_loss, ignore_index=ignore_index, objective=objective, reduction="none")
         (loss,), target = distributed.by_rows(lambda input, target: (rows_of_rank(input, target),), input, target)
         return operators.reduce(loss, target, ignore_index, reduction, distributed.replicate)
     logits, rows = (input, target) if input.dim() == 2 else _as_rows(input, target)
     if _eager(input):
         loss = RowLoss.apply(logits, rows, ignore_index, objective, reduction)  # type: ignore[no-untyped-call]
-    elif _plain_operations():
+    elif plain_operations():
         loss = differentiable.loss(logits, rows, ignore_index, objective).squeeze(1)
         loss = operators.reduce(loss, rows, ignore_index, reduction)
     else:
@@ -252,11 +252,11 @@ def _eager(input: Tensor) -> bool:
         type(input) in (Tensor, torch.nn.Parameter)
         and not input.is_meta
         and not operators.transformed()
-        and not _plain_operations()
+        and not plain_operations()
     )
 
 
-def _plain_operations() -> bool:
+def plain_operations() -> bool:
     """Where no operator can be called: in forward mode, and where a compiler traces a transform of torch.func."""
     return operators.transformed() if torch.compiler.is_compiling() else forward_ad._current_level >= 0
 
@@ -273,7 +273,7 @@ def _as_rows(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return logits, rows
 
 
-def _scale(normalization: str, num_classes: int) -> float:
+def scale_of(normalization: str, num_classes: int) -> float:
     check_word("normalization", normalization, _NORMALIZATIONS)
     if normalization == "classes":
         return 1 / num_classes

@@ -1,4 +1,5 @@
-"""The losses as modules. Their arguments are those of the functions of the same names in :mod:`.functional`."""
+"""The losses as modules. Their arguments are those of the functions of the same names in :mod:`.functional` and
+:mod:`.linear`."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cot_kernels import functional
+from cot_kernels import functional, linear
 
 
 class _Loss(nn.Module):
@@ -30,9 +31,8 @@ class _Loss(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        return ", ".join(
-            f"{name}={value}" for name, value in {"num_classes": self.num_classes, **self.arguments}.items()
-        )
+        given = {} if self.num_classes is None else {"num_classes": self.num_classes}
+        return ", ".join(f"{name}={value}" for name, value in {**given, **self.arguments}.items())
 
 
 class ComplementEntropy(_Loss):
@@ -109,3 +109,69 @@ class ComplementCrossEntropy(_Loss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         self._check_classes(input)
         return functional.complement_cross_entropy(input, target, **self.arguments)
+
+
+class LinearComplementCrossEntropy(_Loss):
+    """:func:`cot_kernels.linear_complement_cross_entropy` as a module: ``criterion(input, linear_weight, target)``.
+
+    The weight is an argument, as in the function, so that it may be tied to an embedding.
+    """
+
+    def __init__(
+        self,
+        *,
+        gamma: float = -1.0,
+        normalization: str = "complement",
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        memory_budget: int | None = None,
+        return_parts: bool = False,
+    ) -> None:
+        super().__init__(
+            None,
+            gamma=gamma,
+            normalization=normalization,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            memory_budget=memory_budget,
+            return_parts=return_parts,
+        )
+
+    def forward(
+        self, input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None
+    ) -> Any:
+        return linear.linear_complement_cross_entropy(
+            input, linear_weight, target, linear_bias=linear_bias, **self.arguments
+        )
+
+
+class LinearComplementEntropy(_Loss):
+    """:func:`cot_kernels.linear_complement_entropy` as a module: ``criterion(input, linear_weight, target)``.
+
+    The weight is an argument, as in the function, so that it may be tied to an embedding.
+    """
+
+    def __init__(
+        self,
+        *,
+        eps: float = 1e-7,
+        normalization: str = "classes",
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        memory_budget: int | None = None,
+        return_parts: bool = False,
+    ) -> None:
+        super().__init__(
+            None,
+            eps=eps,
+            normalization=normalization,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            memory_budget=memory_budget,
+            return_parts=return_parts,
+        )
+
+    def forward(
+        self, input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None
+    ) -> Any:
+        return linear.linear_complement_entropy(input, linear_weight, target, linear_bias=linear_bias, **self.arguments)

@@ -142,4 +142,9 @@ class CrossEntropyObjective:
         return RowValues(loss, xp.sigmoid(log_odds) * self.scale, xp.full_like(negentropy, self.scale * self.weight))
 
 
+def cross_entropy_of(log_odds: Tensor) -> Tensor:
+    """``-ln p_g``."""
+    return _Torch.softplus(log_odds)
+
+
 Objective: TypeAlias = ComplementEntropyObjective | GuidedComplementEntropyObjective | CrossEntropyObjective

@@ -38,13 +38,23 @@ _OBJECTIVES: dict[str, Callable[..., Objective]] = {
 Batched: TypeAlias = tuple[Any, ...]
 
 
+def describe(objective: Objective) -> tuple[str, list[float]]:
+    """The name and the numbers of an objective. (dataclasses.astuple copies, which torch.compile of 2.8 refuses.)"""
+    name = next(name for name, kind in _OBJECTIVES.items() if isinstance(objective, kind))  # type: ignore[arg-type]
+    return name, [getattr(objective, field.name) for field in dataclasses.fields(objective)]
+
+
+def objective_of(name: str, parameters: list[float]) -> Objective:
+    return _OBJECTIVES[name](*parameters)
+
+
 @custom_op("cot_kernels::row_loss", mutates_args=())
 def row_loss(
     logits: Tensor, target: Tensor, ignore_index: int, objective: str, parameters: list[float]
 ) -> tuple[Tensor, Tensor]:
     """Row losses ``l(b, S)`` in the shape of the target, and the state."""
     backend = autograd.backend_for(logits)
-    return backend.row_loss(logits, target, ignore_index, _OBJECTIVES[objective](*parameters))  # type: ignore[no-any-return]
+    return backend.row_loss(logits, target, ignore_index, objective_of(objective, parameters))  # type: ignore[no-any-return]
 
 
 @custom_op("cot_kernels::row_loss_gradient", mutates_args=())
@@ -159,7 +169,7 @@ class RowLossGradientRule(torch.autograd.Function):
 
         def gradient(logits: Tensor, row_upstream: Tensor) -> Tensor:
             return differentiable.loss_gradient(
-                logits, target, ignore_index, _OBJECTIVES[objective](*parameters), row_upstream.unsqueeze(1)
+                logits, target, ignore_index, objective_of(objective, parameters), row_upstream.unsqueeze(1)
             )
 
         d_logits, d_upstream = torch.func.vjp(gradient, logits, row_upstream)[1](upstream)
@@ -293,9 +303,15 @@ def _(info: Any, in_dims: Batched, logits: Tensor, target: Tensor, ignore_index:
 # Autocast.
 
 _library = torch.library.Library("cot_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def ignore_autocast(operator: Any) -> None:
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        _library.impl(operator._opoverload, torch.library.fallthrough_kernel, key)  # type: ignore[no-untyped-call]
+
+
 for _operator in (row_loss, row_loss_gradient, row_statistics, row_statistics_gradient):
-    for _key in ("AutocastCPU", "AutocastCUDA"):
-        _library.impl(_operator._opoverload, torch.library.fallthrough_kernel, _key)  # type: ignore[no-untyped-call]
+    ignore_autocast(_operator)
 
 
 # What functional calls.
@@ -303,8 +319,7 @@ for _operator in (row_loss, row_loss_gradient, row_statistics, row_statistics_gr
 
 def loss(logits: Tensor, target: Tensor, ignore_index: int, objective: Objective, reduction: str) -> Tensor:
     """What :class:`.autograd.RowLoss` computes, but with losses in the shape of the target where unreduced."""
-    name = next(name for name, kind in _OBJECTIVES.items() if isinstance(objective, kind))  # type: ignore[arg-type]
-    arguments = (logits, target, ignore_index, name, list(dataclasses.astuple(objective)))
+    arguments = (logits, target, ignore_index, *describe(objective))
     return reduce(_call(row_loss, RowLossRule, *arguments)[0], target, ignore_index, reduction)
 
 

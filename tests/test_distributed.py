@@ -52,7 +52,8 @@ def _equal_to_one_process(shape: tuple[int, ...], reduction: str, mesh: Any) -> 
             value.sum().backward()
             torch.testing.assert_close(value.full_tensor(), expected)
             torch.testing.assert_close(spread.grad.full_tensor(), gradient)
-            if placement.is_shard():  # the gradient stays where the logits are
+            # The gradient stays where the logits are; torch 2.8 gathers one that is sharded along the last dimension.
+            if placement.is_shard() and torch.__version__ >= (2, 9):
                 assert spread.grad.placements == spread.placements
             if reduction != "none":
                 assert value.placements == (Replicate(),)

@@ -1,4 +1,4 @@
-"""Where the arithmetic happens: ATen for any device, Triton for GPUs. Both offer the same four functions."""
+"""Where the arithmetic happens: ATen for any device, Triton for GPUs. Both offer the same functions."""
 
 import torch
 

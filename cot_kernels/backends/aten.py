@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from cot_kernels.backends import accumulation_dtype, few
-from cot_kernels.objectives import Objective
+from cot_kernels.objectives import Objective, cross_entropy_of
 
 # A logit at or below the floor has probability zero, as has a masked one at -inf, for which 0 * -inf would be NaN.
 FLOOR = -1e30
@@ -142,8 +142,16 @@ def _coefficients(total: Tensor, mean: Tensor, f_target: Tensor, f_lse: Tensor, 
     return coefficients
 
 
-def _gradient(logits: Tensor, index: Tensor, ignored: Tensor | None, shift: Tensor, coefficients: Tensor) -> Tensor:
-    grad = torch.empty_like(logits)
+def _gradient(
+    logits: Tensor,
+    index: Tensor,
+    ignored: Tensor | None,
+    shift: Tensor,
+    coefficients: Tensor,
+    grad: Tensor | None = None,
+) -> Tensor:
+    """The gradient, in ``grad`` if given, which may be the logits themselves."""
+    grad = torch.empty_like(logits) if grad is None else grad
     dtype = shift.dtype
     converts = logits.dtype != dtype
     per_row = [index, shift, *coefficients.unbind()] + ([] if ignored is None else [ignored])
@@ -279,6 +287,35 @@ def row_statistics_gradient(
     upstreams = (each.unsqueeze(1) for each in (d_target_logit, d_complement_lse, d_negentropy))
     coefficients = _coefficients(total, mean, *upstreams)
     return _gradient(logits, index, ignored, shift, coefficients)
+
+
+def value_and_gradient(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    objective: Objective,
+    upstream: Tensor | None,
+    wanted: bool,
+) -> Tensor:
+    """Loss, cross-entropy and negentropy of rows, (3, N); where wanted, **the gradient takes the place of the logits**.
+
+    Args:
+        logits: (N, K).
+        target: (N), integers.
+        upstream: (N), the derivative of a scalar by each row's loss; None where it is 1.
+    """
+    index, ignored, target_logit = _read_targets(logits, target, ignore_index)
+    rows = _statistics(logits, index, target_logit)
+    row_loss, d_log_odds, d_negentropy = objective.rows(rows.log_odds, rows.negentropy)
+    values = torch.stack((row_loss, cross_entropy_of(rows.log_odds), rows.negentropy)).squeeze(2)
+    if ignored is not None:
+        values.masked_fill_(ignored.squeeze(1), 0)
+    if wanted:
+        coefficients = _coefficients(rows.total, rows.mean, d_log_odds.neg(), d_log_odds, d_negentropy)
+        if upstream is not None:
+            coefficients *= upstream.unsqueeze(1)
+        _gradient(logits, index, ignored, rows.shift, coefficients, logits)
+    return values
 
 
 def _reread_targets(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None]:

@@ -21,7 +21,7 @@ from cot_kernels.backends.triton import launch
 from cot_kernels.backends.triton.gradient import gradient_kernel
 from cot_kernels.backends.triton.objectives import device_twin
 from cot_kernels.backends.triton.statistics import merge_kernel, reduce_kernel, statistics_kernel
-from cot_kernels.objectives import Objective
+from cot_kernels.objectives import Objective, cross_entropy_of
 
 # What a forward pass hands its backward pass: target, state [5, N] (see statistics.finish), 1 / count where a mean.
 Saved: TypeAlias = tuple[Tensor | None, ...]
@@ -134,12 +134,15 @@ def loss(
     return result, (flat_target, state, factor if reduction == "mean" else None)
 
 
-def gradient(logits: Tensor, saved: Saved, upstream: Tensor) -> Tensor:
-    """``upstream * dl/dz`` in the dtype of the logits; ``upstream`` is shaped like the loss."""
+def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None = None) -> Tensor:
+    """``upstream * dl/dz`` in the dtype of the logits; ``upstream`` is shaped like the loss.
+
+    It is written to ``grad`` if given, which may be the logits themselves: a program reads its tile, then writes it.
+    """
     target, state, factor = saved
     assert target is not None and state is not None
     logits = logits.resolve_neg()
-    grad = torch.empty_like(logits)
+    grad = torch.empty_like(logits) if grad is None else grad
     if not grad.numel():
         return grad
     num_rows, num_classes = target.numel(), logits.shape[1]
@@ -190,6 +193,36 @@ def _coefficients(
     torch.sub(slope * negentropy, d_lse, out=coefficients[3])
     coefficients[4] = at_target
     return coefficients
+
+
+def value_and_gradient(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    objective: Objective,
+    upstream: Tensor | None,
+    wanted: bool,
+) -> Tensor:
+    """Loss, cross-entropy and negentropy of rows, (3, N); where wanted, **the gradient takes the place of the logits**.
+
+    Args:
+        logits: (N, K).
+        target: (N), integers.
+        upstream: (N), the derivative of a scalar by each row's loss; None where it is 1.
+    """
+    with _on_device_of(logits):
+        values, flat_target, state = _forward(logits, target, ignore_index, None, False)
+    target_logit, _, negentropy = values.unbind()
+    # As in statistics.finish. NaN where the target is out of range; where it is ignored, the state is infinite.
+    log_odds = (state[1] - (target_logit / math.log(2) - state[0])) * math.log(2)
+    log_odds = log_odds.masked_fill(target.reshape(-1) == ignore_index, 0)
+    row_loss, d_log_odds, d_negentropy = objective.rows(log_odds, negentropy)
+    values = torch.stack((row_loss, cross_entropy_of(log_odds), negentropy))
+    if wanted:
+        partials = (-d_log_odds, d_log_odds, d_negentropy)
+        state = _coefficients(state, negentropy, *partials)
+        gradient(logits, (flat_target, state, None), state.new_ones(()) if upstream is None else upstream, logits)
+    return values.masked_fill_(target == ignore_index, 0)
 
 
 # The same by rows, for the registered operators: what is handed on is one tensor, whose shape follows from that of the

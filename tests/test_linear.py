@@ -1,0 +1,386 @@
+"""Projection and loss in one, beside the loss of the projection's logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from oracle import relative_error
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+import cot_kernels
+from cot_kernels import LinearComplementCrossEntropy, LinearComplementEntropy, projection
+
+FAMILY: dict[str, tuple[Callable[..., Any], Callable[..., Tensor], dict[str, Any]]] = {
+    "cross-entropy": (cot_kernels.linear_complement_cross_entropy, cot_kernels.complement_cross_entropy, {"gamma": 0}),
+    "complement cross-entropy": (
+        cot_kernels.linear_complement_cross_entropy,
+        cot_kernels.complement_cross_entropy,
+        {"gamma": -2.0, "normalization": "none"},
+    ),
+    "complement entropy": (cot_kernels.linear_complement_entropy, cot_kernels.complement_entropy, {}),
+    "exact complement entropy": (
+        cot_kernels.linear_complement_entropy,
+        cot_kernels.complement_entropy,
+        {"eps": 0.0, "normalization": "entropy"},
+    ),
+}
+each_loss = pytest.mark.parametrize("name", FAMILY)
+
+
+def fused(name: str, **options: Any) -> Callable[..., Any]:
+    function, _, arguments = FAMILY[name]
+    return partial(function, **arguments, **options)
+
+
+def unfused(name: str, **options: Any) -> Callable[..., Tensor]:
+    _, function, arguments = FAMILY[name]
+
+    def loss(input: Tensor, weight: Tensor, target: Tensor, linear_bias: Tensor | None = None) -> Tensor:
+        logits = linear(input, weight, linear_bias)
+        return function(logits.movedim(-1, 1) if logits.dim() > 2 else logits, target, **arguments, **options)
+
+    return loss
+
+
+def problem(
+    rows: int = 13, features: int = 8, classes: int = 37, dtype: torch.dtype = torch.float64, device: Any = "cpu"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, weight, bias and targets, of which every third is ignored."""
+    generator = torch.Generator().manual_seed(0)
+    input, weight, bias = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+        for shape in ((rows, features), (classes, features), (classes,))
+    )
+    target = torch.randint(classes, (rows,), generator=generator).to(device)
+    target[1::3] = -100
+    return input, weight, bias, target
+
+
+def gradients(loss: Callable[..., Tensor], *tensors: Tensor, target: Tensor, upstream: Tensor | None = None) -> Any:
+    """The value, and the gradients of input, weight and, where given, bias."""
+    leaves = [each.detach().requires_grad_() for each in tensors]
+    value = loss(*leaves[:2], target, linear_bias=leaves[2] if len(leaves) > 2 else None)
+    return value.detach(), torch.autograd.grad(value, leaves, upstream)
+
+
+# Bytes for logits: one row a chunk, a few, all.
+budgets = pytest.mark.parametrize("memory_budget", [1, 37 * 8 * 5, None])
+
+
+@each_loss
+@budgets
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_equals_the_loss_of_the_logits(
+    name: str, memory_budget: int | None, reduction: str, biased: bool, device: torch.device
+) -> None:
+    *tensors, target = problem(device=device)
+    tensors = tensors if biased else tensors[:2]
+    upstream = torch.randn(13 if reduction == "none" else (), dtype=torch.float64).to(device)
+    got = gradients(
+        fused(name, reduction=reduction, memory_budget=memory_budget), *tensors, target=target, upstream=upstream
+    )
+    expected = gradients(unfused(name, reduction=reduction), *tensors, target=target, upstream=upstream)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@each_loss
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck(name: str, reduction: str) -> None:
+    input, weight, bias, target = problem(rows=4, features=3, classes=5)
+    leaves = [each.requires_grad_() for each in (input, weight, bias)]
+
+    def loss(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return fused(name, reduction=reduction, memory_budget=80)(input, weight, target, linear_bias=bias)
+
+    assert torch.autograd.gradcheck(loss, leaves)
+    assert torch.autograd.gradgradcheck(loss, leaves, atol=1e-4)
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_precision(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """At most twice the error of the unfused path of the same dtype, against float64."""
+    *tensors, target = problem(rows=40, features=32, classes=300)
+    tensors = [each.to(dtype) for each in tensors]
+    tensors[0] /= 4
+    _, true = gradients(unfused(name), *(each.double() for each in tensors), target=target)
+    on_device = [each.to(device) for each in (*tensors, target)]
+    value, got = gradients(fused(name, memory_budget=300 * dtype.itemsize * 15), *on_device[:3], target=on_device[3])
+    other, expected = gradients(unfused(name), *on_device[:3], target=on_device[3])
+    assert value.dtype == torch.float32
+    for fused_gradient, unfused_gradient, truth in zip(got, expected, true, strict=True):
+        assert fused_gradient.dtype == dtype
+        floor = 2e-6 if dtype == torch.float32 else 0.0
+        assert relative_error(fused_gradient, truth) <= 2 * relative_error(unfused_gradient, truth) + floor
+    torch.testing.assert_close(value, other, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-6)
+
+
+def test_float16_gradients_survive_a_mean_over_many_rows() -> None:
+    """A mean's 1 / N is applied after the products: before them it would underflow, as it does unfused."""
+    input, weight, _, target = problem(rows=2000, features=4, classes=100)
+    target = target.clamp(min=0)
+    tensors = [each.half() for each in (input, weight)]
+    for name in ("cross-entropy", "complement entropy"):
+        _, (truth, _) = gradients(unfused(name), *(each.double() for each in tensors), target=target)
+        _, (got, _) = gradients(fused(name), *tensors, target=target, upstream=torch.tensor(2.0**14))
+        assert relative_error(got, truth * 2**14) < 2e-3
+
+
+@each_loss
+def test_parts_are_those_of_the_logits(name: str, device: torch.device) -> None:
+    input, weight, bias, target = problem(device=device)
+    logits = linear(input, weight, bias)
+    for reduction in ("mean", "sum", "none"):
+        parts = fused(name, linear_bias=bias.requires_grad_(), reduction=reduction, return_parts=True)(
+            input, weight, target
+        )
+        assert isinstance(parts, cot_kernels.LinearLoss)
+        torch.testing.assert_close(
+            parts.cross_entropy, cot_kernels.cross_entropy(logits, target, reduction=reduction), rtol=1e-10, atol=1e-12
+        )
+        entropy = -cot_kernels.complement_statistics(logits, target).negentropy
+        kept = target != -100
+        expected = {"none": entropy, "sum": entropy.sum(), "mean": entropy[kept].mean()}[reduction]
+        torch.testing.assert_close(parts.complement_entropy, expected, rtol=1e-10, atol=1e-12)
+        assert parts.loss.requires_grad
+        assert not parts.cross_entropy.requires_grad and not parts.complement_entropy.requires_grad
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_every_backward_pass_is_right(reduction: str, device: torch.device) -> None:
+    """The first gives its gradients away; the second forms them again, to the bit."""
+    input, weight, bias, target = (each for each in problem(device=device))
+    leaves = [each.requires_grad_() for each in (input, weight, bias)]
+    loss = fused("complement cross-entropy", reduction=reduction, memory_budget=37 * 8 * 5)(
+        input, weight, target, linear_bias=bias
+    )
+    upstream = torch.full_like(loss, 3.0)
+    first, second, third = (torch.autograd.grad(loss, leaves, upstream, retain_graph=True) for _ in range(3))
+    kept = [each.clone() for each in first]
+    assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(first, second, third, strict=True))
+    expected = gradients(
+        unfused("complement cross-entropy", reduction=reduction), input, weight, bias, target=target, upstream=upstream
+    )[1]
+    torch.testing.assert_close(first, expected)
+    assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))  # nobody wrote to what was given away
+
+
+@pytest.mark.parametrize("frozen", ["input", "weight", "both"])
+def test_nothing_is_computed_for_what_is_frozen(frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    input, weight, _, target = problem()
+    input.requires_grad_(frozen == "weight")
+    weight.requires_grad_(frozen == "input")
+    asked: list[Any] = []
+    compute = projection.compute
+    monkeypatch.setattr(projection, "compute", lambda *args: (asked.append(args[-1]), compute(*args))[1])
+    loss = cot_kernels.linear_complement_cross_entropy(input, weight, target)
+    assert [list(each) for each in asked] == [[frozen == "weight", frozen == "input", False]]
+    if frozen != "both":
+        leaf = weight if frozen == "input" else input
+        (got,) = torch.autograd.grad(loss, leaf)
+        reference = cot_kernels.complement_cross_entropy(linear(input, weight), target)
+        (expected,) = torch.autograd.grad(reference, leaf)
+        torch.testing.assert_close(got, expected)
+
+
+def test_without_gradients_none_are_formed() -> None:
+    input, weight, _, target = problem()
+    leaves = [each.requires_grad_() for each in (input, weight)]
+    with torch.no_grad():
+        loss = cot_kernels.linear_complement_cross_entropy(*leaves, target)
+    assert not loss.requires_grad
+    with torch.inference_mode():
+        assert torch.equal(cot_kernels.linear_complement_cross_entropy(*leaves, target), loss)
+
+
+def test_tied_weights() -> None:
+    """One parameter as embedding and as projection."""
+    _, weight, _, target = problem()
+    words = target.clamp(min=0)
+    results = []
+    for loss in (fused("complement cross-entropy"), unfused("complement cross-entropy")):
+        leaf = weight.detach().clone().requires_grad_()
+        loss(nn.functional.embedding(words, leaf).tanh(), leaf, target).backward()
+        results.append(leaf.grad)
+    torch.testing.assert_close(*results)
+
+
+def test_shapes(device: torch.device) -> None:
+    input, weight, bias, target = problem(rows=12, device=device)
+    flat = cot_kernels.linear_complement_entropy(input, weight, target, linear_bias=bias, reduction="none")
+    shaped = cot_kernels.linear_complement_entropy(
+        input.view(3, 4, 8), weight, target.view(3, 4), linear_bias=bias, reduction="none"
+    )
+    assert torch.equal(shaped, flat.view(3, 4))
+    one = cot_kernels.linear_complement_entropy(input[0], weight, target[0], linear_bias=bias, reduction="none")
+    assert one.shape == () and torch.allclose(one, flat[0])
+    strided = input.t().contiguous().t()
+    assert not strided.is_contiguous()
+    backwards = weight.t().contiguous().t()
+    got = gradients(fused("complement entropy"), strided, backwards, target=target)
+    torch.testing.assert_close(got, gradients(unfused("complement entropy"), input, weight, target=target))
+
+
+@each_loss
+def test_no_rows_and_none_that_count(name: str, device: torch.device) -> None:
+    input, weight, bias, target = problem(device=device)
+    for x, t in ((input[:0], target[:0]), (input, torch.full_like(target, -100))):
+        value, got = gradients(fused(name), x, weight, bias, target=t)
+        assert value.isnan() and not any(each.any() for each in got)
+        value, got = gradients(fused(name, reduction="sum"), x, weight, bias, target=t)
+        assert value == 0 and not any(each.any() for each in got)
+        assert [each.shape for each in got] == [x.shape, weight.shape, bias.shape]
+
+
+def test_targets_out_of_range() -> None:
+    input, weight, _, target = problem()
+    target[0] = 37
+    with pytest.raises(IndexError, match="target 37 is out of bounds for 37 classes"):
+        cot_kernels.linear_complement_cross_entropy(input, weight, target)
+
+
+def test_autocast() -> None:
+    """The products in bfloat16, the sum of the weight's gradient in the weight's own float32."""
+    *tensors, target = problem(rows=64, classes=200, dtype=torch.float32)
+    _, true = gradients(unfused("complement cross-entropy"), *(each.double() for each in tensors), target=target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value, got = gradients(fused("complement cross-entropy", memory_budget=200 * 2 * 16), *tensors, target=target)
+        other, expected = gradients(unfused("complement cross-entropy"), *tensors, target=target)
+    assert value.dtype == torch.float32 and all(each.dtype == torch.float32 for each in got)
+    torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-3)
+    for mine, others, truth in zip(got, expected, true, strict=True):
+        assert 1e-5 < relative_error(mine, truth) <= 2 * relative_error(others, truth)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant: bool) -> None:
+    input, weight, bias, target = problem()
+
+    def loss(input: Tensor, weight: Tensor, target: Tensor, linear_bias: Tensor) -> Tensor:
+        call = fused("complement cross-entropy")
+        return torch.utils.checkpoint.checkpoint(
+            lambda *args: call(*args[:2], target, linear_bias=args[2]),
+            input,
+            weight,
+            linear_bias,
+            use_reentrant=reentrant,
+        )
+
+    expected = gradients(fused("complement cross-entropy"), input, weight, bias, target=target)
+    leaves = [each.requires_grad_() for each in (input, weight, bias)]
+    value = loss(input, weight, target, bias)
+    value.backward()
+    torch.testing.assert_close((value, tuple(each.grad for each in leaves)), expected)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled(backend: str, reduction: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(fused("complement cross-entropy", reduction=reduction), fullgraph=True, backend=backend)
+    for rows in (9, 13):
+        *tensors, target = problem(rows=rows, dtype=torch.float32)
+        upstream = None if reduction == "mean" else torch.rand(rows)
+        torch.testing.assert_close(
+            gradients(compiled, *tensors, target=target, upstream=upstream),
+            gradients(
+                unfused("complement cross-entropy", reduction=reduction), *tensors, target=target, upstream=upstream
+            ),
+        )
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("wanted", [[True, True, True], [False, True, False], [False, False, False]])
+def test_the_operator_follows_its_own_rules(wanted: list[bool]) -> None:
+    *tensors, target = problem(dtype=torch.float32)
+    tensors = [each.requires_grad_(any(wanted)) for each in tensors] if all(wanted) or not any(wanted) else tensors
+    arguments = (*tensors, target, None, -100, "cross_entropy", [1.0, 0.5], 4096, torch.float32, wanted)
+    torch.library.opcheck(torch.ops.cot_kernels.linear_loss.default, arguments)
+
+
+def test_transforms_take_the_unfused_way() -> None:
+    input, weight, _, target = problem()
+    loss = cot_kernels.linear_complement_cross_entropy
+    torch.testing.assert_close(
+        torch.func.grad(loss, argnums=(0, 1))(input, weight, target), gradients(loss, input, weight, target=target)[1]
+    )
+    rows = torch.func.vmap(partial(loss, reduction="sum"), in_dims=(0, None, 0))(input, weight, target)
+    torch.testing.assert_close(rows, loss(input, weight, target, reduction="none"))
+    _, derivative = torch.func.jvp(lambda x: loss(x, weight, target), (input,), (torch.ones_like(input),))
+    torch.testing.assert_close(derivative, gradients(loss, input, weight, target=target)[1][0].sum())
+    assert loss(input.to("meta"), weight.to("meta"), target.to("meta")).shape == ()
+    parts = torch.func.vmap(partial(loss, reduction="sum", return_parts=True), in_dims=(0, None, 0))(
+        input, weight, target
+    )
+    torch.testing.assert_close(parts.cross_entropy, loss(input, weight, target, gamma=0, reduction="none"))
+
+
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [
+        (LinearComplementCrossEntropy, cot_kernels.linear_complement_cross_entropy),
+        (LinearComplementEntropy, cot_kernels.linear_complement_entropy),
+    ],
+)
+def test_modules_are_their_functions(module: Any, function: Callable[..., Any]) -> None:
+    input, weight, bias, target = problem()
+    for arguments in ({}, {"reduction": "none", "normalization": "none", "ignore_index": 3, "memory_budget": 999}):
+        criterion = module(**arguments)
+        assert torch.equal(
+            criterion(input, weight, target.clamp(min=0), linear_bias=bias),
+            function(input, weight, target.clamp(min=0), linear_bias=bias, **arguments),
+        )
+        assert not list(criterion.parameters()) and "num_classes" not in repr(criterion)
+
+
+def test_chunks_fit_the_budget_and_are_even() -> None:
+    assert projection.chunk_rows(4096, 50257, 4, 128 << 20) * 50257 * 4 <= 128 << 20
+    assert projection.chunk_rows(1000, 10, 4, 400 * 40) == 334  # 3 chunks, not 400, 400 and 200
+    assert projection.chunk_rows(10, 10, 4, 1) == 1 and projection.chunk_rows(0, 10, 4, 1) == 1
+
+
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"input": 3}, TypeError, "input must be a Tensor, got int"),
+    (
+        {"input": torch.zeros(13, 8, dtype=torch.long)},
+        TypeError,
+        "input must be float32, .* hidden states, got torch.int64",
+    ),
+    ({"input": torch.tensor(1.0)}, ValueError, "input must have shape .* got a scalar"),
+    ({"linear_weight": torch.zeros(37, 9)}, ValueError, r"linear_weight must have shape \(K, 8\) .* got \(37, 9\)"),
+    ({"linear_weight": torch.zeros(8)}, ValueError, r"linear_weight must have shape \(K, 8\)"),
+    ({"linear_weight": torch.zeros(1, 8)}, ValueError, "linear_weight must have at least 2 classes, got 1"),
+    ({"linear_weight": torch.zeros(37, 8).double()}, TypeError, "linear_weight must have the dtype of input"),
+    ({"linear_weight": None}, TypeError, "linear_weight must be a Tensor, got NoneType"),
+    ({"linear_bias": torch.zeros(36)}, ValueError, r"linear_bias must have shape \(37,\)"),
+    ({"linear_bias": [0.0]}, TypeError, "linear_bias must be a Tensor, got list"),
+    ({"target": torch.zeros(12).long()}, ValueError, r"target must have shape \(13,\)"),
+    ({"target": torch.zeros(13, 37)}, TypeError, "class probabilities are not supported"),
+    ({"target": torch.zeros(13).long().to("meta")}, ValueError, "input and target must be on one device"),
+    ({"reduction": "average"}, ValueError, "reduction must be one of mean, sum, none, got 'average'"),
+    ({"normalization": "K"}, ValueError, "normalization must be one of"),
+    ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int, got float"),
+    ({"memory_budget": 0}, ValueError, "memory_budget must be at least 1 byte, got 0"),
+    ({"memory_budget": 1e6}, TypeError, "memory_budget must be None or an int, in bytes, got float"),
+    ({"gamma": float("nan")}, ValueError, "gamma must be finite, got nan"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    input, weight, bias, target = problem(dtype=torch.float32)
+    arguments: dict[str, Any] = {"input": input, "linear_weight": weight, "target": target, "linear_bias": bias}
+    with pytest.raises(error, match=message):
+        cot_kernels.linear_complement_cross_entropy(**{**arguments, **change})
+
+
+def test_bad_eps() -> None:
+    input, weight, _, target = problem()
+    with pytest.raises(ValueError, match="eps must be at least 0, got -1"):
+        cot_kernels.linear_complement_entropy(input, weight, target, eps=-1)
