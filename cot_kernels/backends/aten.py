@@ -119,11 +119,23 @@ def _statistics(logits: Tensor, index: Tensor, target_logit: Tensor) -> _Statist
     ):
         buffers = buffers or logits.new_empty((2, *rows.shape), dtype=dtype).unbind()
         d, weights = _fit(buffers, rows)
-        d.copy_(rows).scatter_(1, target, below)
-        torch.amax(d, 1, True, out=m).clamp_(min=FLOOR)
-        d.sub_(m).clamp_(min=NEGLIGIBLE)
-        torch.sum(torch.exp(d, out=weights), 1, True, out=s)
+        _exponentials(rows, target, below, d, weights, m)
+        torch.sum(weights, 1, True, out=s)
         torch.sum(d.mul_(weights), 1, True, out=t)
+    return _finish(shift, total, moment, target_logit)
+
+
+def _exponentials(
+    rows: Tensor, target: Tensor, below: Tensor, d: Tensor, weights: Tensor, shift: Tensor | None = None
+) -> Tensor:
+    """Fills d and exp(d), and returns m. The target's exponential is negligible, as is that of any class far below."""
+    d.copy_(rows).scatter_(1, target, below)
+    shift = torch.amax(d, 1, True, out=shift).clamp_(min=FLOOR)
+    torch.exp(d.sub_(shift).clamp_(min=NEGLIGIBLE), out=weights)
+    return shift
+
+
+def _finish(shift: Tensor, total: Tensor, moment: Tensor, target_logit: Tensor) -> _Statistics:
     # A complement with no class above the floor is empty: its sums are empty, and b = -inf within rounding.
     empty = shift <= FLOOR
     log_total = total.masked_fill_(empty, 1).log()
@@ -142,16 +154,8 @@ def _coefficients(total: Tensor, mean: Tensor, f_target: Tensor, f_lse: Tensor, 
     return coefficients
 
 
-def _gradient(
-    logits: Tensor,
-    index: Tensor,
-    ignored: Tensor | None,
-    shift: Tensor,
-    coefficients: Tensor,
-    grad: Tensor | None = None,
-) -> Tensor:
-    """The gradient, in ``grad`` if given, which may be the logits themselves."""
-    grad = torch.empty_like(logits) if grad is None else grad
+def _gradient(logits: Tensor, index: Tensor, ignored: Tensor | None, shift: Tensor, coefficients: Tensor) -> Tensor:
+    grad = torch.empty_like(logits)
     dtype = shift.dtype
     converts = logits.dtype != dtype
     per_row = [index, shift, *coefficients.unbind()] + ([] if ignored is None else [ignored])
@@ -297,7 +301,7 @@ def value_and_gradient(
     upstream: Tensor | None,
     wanted: bool,
 ) -> Tensor:
-    """Loss, cross-entropy and negentropy of rows, (3, N); where wanted, **the gradient takes the place of the logits**.
+    """Loss, cross-entropy and negentropy of rows, (3, N). **Overwrites the logits**, where wanted with the gradient.
 
     Args:
         logits: (N, K).
@@ -305,17 +309,34 @@ def value_and_gradient(
         upstream: (N), the derivative of a scalar by each row's loss; None where it is 1.
     """
     index, ignored, target_logit = _read_targets(logits, target, ignore_index)
-    rows = _statistics(logits, index, target_logit)
-    row_loss, d_log_odds, d_negentropy = objective.rows(rows.log_odds, rows.negentropy)
-    values = torch.stack((row_loss, cross_entropy_of(rows.log_odds), rows.negentropy)).squeeze(2)
+    dtype = accumulation_dtype(logits.dtype)
+    values = logits.new_empty((3, *index.shape), dtype=dtype)
+    floor = logits.new_full((1,), FLOOR, dtype=dtype).expand(index.shape)
+    scale = index.new_ones((1,), dtype=dtype).expand(index.shape) if upstream is None else upstream.unsqueeze(1)
+    buffers: tuple[Tensor, ...] = ()
+    for rows, g, z_g, below, factor, *kept in _blocks(
+        _block_shape(logits, dtype), logits, index, target_logit, floor, scale, *values.unbind()
+    ):
+        buffers = buffers or logits.new_empty((2 + (logits.dtype != dtype), *rows.shape), dtype=dtype).unbind()
+        d, weights, *products = _fit(buffers, rows)
+        product = products[0] if products else rows
+        shift = _exponentials(rows, g, below, d, weights)
+        total, moment = weights.sum(1, True), torch.mul(d, weights, out=product).sum(1, True)
+        block = _finish(shift, total, moment, z_g)
+        loss, d_log_odds, d_negentropy = objective.rows(block.log_odds, block.negentropy)
+        for place, value in zip(kept, (loss, cross_entropy_of(block.log_odds), block.negentropy), strict=True):
+            place.copy_(value)
+        if wanted:
+            coefficients = _coefficients(block.total, block.mean, d_log_odds.neg(), d_log_odds, d_negentropy)
+            slope, offset, at_target = (coefficients * factor).unbind()
+            torch.mul(weights, d.mul_(slope).add_(offset), out=product).scatter_(1, g, at_target)
+            if products:
+                rows.copy_(product)
     if ignored is not None:
-        values.masked_fill_(ignored.squeeze(1), 0)
-    if wanted:
-        coefficients = _coefficients(rows.total, rows.mean, d_log_odds.neg(), d_log_odds, d_negentropy)
-        if upstream is not None:
-            coefficients *= upstream.unsqueeze(1)
-        _gradient(logits, index, ignored, rows.shift, coefficients, logits)
-    return values
+        values.masked_fill_(ignored, 0)
+        if wanted:
+            logits.masked_fill_(ignored, 0)
+    return values.squeeze(2)
 
 
 def _reread_targets(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None]:

