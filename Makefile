@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread a test worker: with more, the workers' thread pools wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test fuzz test-gpu lint format compile-report bench-cpu bench-dispatch bench-training numerics readme clean
+.PHONY: demo test fuzz test-gpu lint format compile-report bench-cpu bench-dispatch bench-linear bench-training numerics readme clean
 
 demo: $(VENV)/.installed  ## Fine-tune a transformer on BBC News with and without COT; table, PNG and JSON in demo-results/
 	$(BIN)/python -m examples.demo --output demo-results
@@ -36,6 +36,9 @@ bench-cpu: $(VENV)/.installed  ## The losses beside the published operations and
 
 bench-dispatch: $(VENV)/.installed  ## What the registered operators cost beside eager mode, on this CPU
 	$(BIN)/python -m benchmarks.dispatch --output benchmarks/results/dispatch.json
+
+bench-linear: $(VENV)/.installed  ## The fused linear losses beside three bare products, on this CPU
+	$(BIN)/python -m benchmarks.linear --output benchmarks/results/linear.json
 
 bench-training: $(VENV)/.installed  ## What the second step costs beside cross-entropy, on this CPU
 	$(BIN)/python -m benchmarks.training --output benchmarks/results/training.json

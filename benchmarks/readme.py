@@ -14,6 +14,7 @@ from examples.demo import markdown_table
 ROOT = Path(__file__).parents[1]
 CPU_RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 DISPATCH_RESULTS = ROOT / "benchmarks" / "results" / "dispatch.json"
+LINEAR_RESULTS = ROOT / "benchmarks" / "results" / "linear.json"
 TRAINING_RESULTS = ROOT / "benchmarks" / "results" / "training.json"
 NUMERICS_RESULTS = ROOT / "benchmarks" / "results" / "numerics.json"
 KERNEL_RESULTS = ROOT / "benchmarks" / "results" / "compile_report.json"
@@ -31,8 +32,25 @@ def ratio_table(results: Path) -> str:
         lines.append(f"| {result['rows']} x {result['classes']} | {' | '.join(ratios)} |")
     about = report["environment"]
     source = results.relative_to(ROOT)
-    note = f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, float32; `{source}`."
+    note = f"{about['cpu']}, {threads(about)}, torch {about['torch']}, float32; `{source}`."
     return "\n".join([*lines, "", note])
+
+
+def linear_table() -> str:
+    report = json.loads(LINEAR_RESULTS.read_text())
+    lines = ["| | time / three products | peak memory |", "|---|---:|---:|"]
+    for row in report["results"]:
+        lines.append(f"| {row['provider']} | {row['times']:.2f} | {row['peak_bytes'] / 2**20:.0f} MiB |")
+    about = report["environment"]
+    shape = f"{report['rows']} x {report['features']} -> {report['classes']}"
+    note = (
+        f"{shape}, float32, {about['cpu']}, {threads(about)}, torch {about['torch']}; `benchmarks/results/linear.json`."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def threads(about: dict[str, Any]) -> str:
+    return f"{about['threads']} thread{'s' if about['threads'] != 1 else ''}"
 
 
 def training_table() -> str:
@@ -43,7 +61,7 @@ def training_table() -> str:
         ratios = (f"{times[method] / times['cross-entropy']:.2f}" for method in methods)
         lines.append(f"| {network} | {' | '.join(ratios)} |")
     about = report["environment"]
-    return "\n".join([*lines, "", f"{about['cpu']}, {about['threads']} threads; `benchmarks/results/training.json`."])
+    return "\n".join([*lines, "", f"{about['cpu']}, {threads(about)}; `benchmarks/results/training.json`."])
 
 
 def error_table(columns: dict[str, tuple[str, str]]) -> str:
@@ -135,6 +153,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"cpu": partial(ratio_table, CPU_RESULTS), "demo": demo_table},
     ROOT / "docs" / "pytorch.md": {"dispatch": partial(ratio_table, DISPATCH_RESULTS)},
     ROOT / "docs" / "kernels.md": {"kernels": kernel_table},
+    ROOT / "docs" / "linear.md": {"linear": linear_table},
     ROOT / "docs" / "training.md": {"training": training_table},
     ROOT / "docs" / "numerics.md": {"float32": float32_table, "half": half_table, "eps": eps_table},
 }

@@ -7,7 +7,7 @@ kept.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,32 @@ def _places(index: Any, num_classes: int) -> Any:
     inner = index.shape[2]
     first = np.arange(0, len(index) * num_classes * inner, num_classes * inner)
     return index * inner + first[:, None, None] + np.arange(inner)
+
+
+class Finished(NamedTuple):
+    """From the sums of rows to their losses, each of the shape of the sums."""
+
+    loss: Any
+    log_odds: Any
+    negentropy: Any
+    slope: Any  # A
+    offset: Any  # B
+    at_target: Any  # f_g
+
+
+def finish(objective: Objective, shift: Any, total: Any, moment: Any, target_logit: Any, floor: float) -> Finished:
+    """Losses and coefficients of rows with m, s and t, arrays that are changed."""
+    empty = shift <= floor  # no class above the floor: empty sums, and b = -inf within rounding
+    if np.logical_or.reduce(empty, None):
+        total[empty], moment[empty] = 1, 0
+    log_total = np.log(total)
+    moment /= total
+    log_odds = (shift - target_logit) + log_total
+    negentropy = moment - log_total
+    loss, d_log_odds, d_negentropy = objective.rows(log_odds, negentropy)
+    slope = d_negentropy / total
+    offset: Any = d_log_odds / total - slope * moment
+    return Finished(loss, log_odds, negentropy, slope, offset, -d_log_odds)
 
 
 def value_and_gradient(logits: Tensor, index: Tensor, objective: Objective, floor: float) -> tuple[Tensor, Tensor]:
@@ -48,20 +74,13 @@ def value_and_gradient(logits: Tensor, index: Tensor, objective: Objective, floo
         d -= shift
         weights = np.exp(d)
         weights.put(at, 0)
-        empty = shift <= floor
         total = np.add.reduce(weights, 1, keepdims=True)
-        if np.logical_or.reduce(empty, None):
-            weights *= ~empty
-            total[empty] = 1
-        mean = np.add.reduce(d * weights, 1, keepdims=True)
-        mean /= total
-        log_total = np.log(total)
-        log_odds: Any = (shift - z.take(at)) + log_total
-        negentropy: Any = mean - log_total
-        rows: Any = objective.rows(log_odds, negentropy)
-        slope = rows.d_negentropy / total
-        d *= slope
-        d += rows.d_log_odds / total - slope * mean
+        if (shift <= floor).any():
+            weights *= shift > floor
+        moment = np.add.reduce(d * weights, 1, keepdims=True)
+        rows = finish(objective, shift, total, moment, z.take(at), floor)
+        d *= rows.slope
+        d += rows.offset
         d *= weights
-        d.put(at, -rows.d_log_odds)
+        d.put(at, rows.at_target)
     return torch.from_numpy(rows.loss), torch.from_numpy(d)
