@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from meter import Meter
 from oracle import relative_error
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 import cot_kernels
 from cot_kernels import LinearComplementCrossEntropy, LinearComplementEntropy, projection
+from cot_kernels.backends import aten
 
 FAMILY: dict[str, tuple[Callable[..., Any], Callable[..., Tensor], dict[str, Any]]] = {
     "cross-entropy": (cot_kernels.linear_complement_cross_entropy, cot_kernels.complement_cross_entropy, {"gamma": 0}),
@@ -209,6 +211,24 @@ def test_tied_weights() -> None:
         loss(nn.functional.embedding(words, leaf).tanh(), leaf, target).backward()
         results.append(leaf.grad)
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory(dtype: torch.dtype) -> None:
+    """The budget, the gradients with dW in float32, and what a block of the loss takes; a fifth of the logits' way."""
+    input, weight, _, target = problem(rows=512, features=16, classes=30_000, dtype=dtype)
+    leaves = [each.requires_grad_() for each in (input, weight)]
+    budget, logits = 4 << 20, 512 * 30_000 * dtype.itemsize
+    gradients = input.nbytes + 4 * weight.numel()
+    scratch = 3 * 2 * aten.BLOCK_BYTES + 64 * 512
+    with Meter() as meter:
+        loss = cot_kernels.linear_complement_cross_entropy(*leaves, target, memory_budget=budget)
+        assert meter.alive <= gradients + 64 * 512
+        loss.backward()
+    assert gradients < meter.peak <= budget + gradients + scratch + (weight.nbytes if dtype != torch.float32 else 0)
+    with Meter() as whole:
+        unfused("complement cross-entropy")(*leaves, target).backward()
+    assert logits < whole.peak and meter.peak < whole.peak / 5
 
 
 def test_shapes(device: torch.device) -> None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from meter import Meter
 from oracle import CASES, Case, draw
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import cot_kernels
@@ -55,30 +53,6 @@ def test_autocast_changes_nothing(case: Case, dtype: torch.dtype, device: torch.
         compiled = torch.ops.cot_kernels.row_statistics(leaf, target, -100)
     for value, of_operator in zip(inside, compiled[:3], strict=True):
         assert value.dtype == torch.float32 and torch.equal(value, of_operator)
-
-
-class Meter(TorchDispatchMode):
-    """Bytes of the storages that are made within, alive now and at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        known = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and id(storage := leaf.untyped_storage()) not in self._seen | known:
-                self._seen.add(id(storage))
-                self.alive += storage.nbytes()
-                self.peak = max(self.peak, self.alive)
-                weakref.finalize(storage, self._freed, id(storage), storage.nbytes())
-        return result
-
-    def _freed(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.alive -= size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -80,11 +80,11 @@ def _read_targets(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Te
     return index, ignored, logits.gather(1, index)
 
 
-def _block_shape(logits: Tensor, dtype: torch.dtype) -> tuple[int, int]:
+def _block_shape(logits: Tensor, dtype: torch.dtype, block_bytes: int) -> tuple[int, int]:
     """How many n, and how many of the D columns of each, one block takes: whole rows, a scratch buffer full at most."""
     num_rows, num_classes = logits.shape[:2]
     columns = logits.shape[2:].numel()
-    fitting = max(1, BLOCK_BYTES // (num_classes * dtype.itemsize))  # rows
+    fitting = max(1, block_bytes // (num_classes * dtype.itemsize))  # rows
     if columns > fitting:
         return 1, fitting
     blocks = -(-num_rows * columns // fitting)
@@ -116,7 +116,7 @@ def _statistics(logits: Tensor, index: Tensor, target_logit: Tensor) -> _Statist
     floor = logits.new_full((1,), FLOOR, dtype=dtype).expand(index.shape)
     buffers: tuple[Tensor, ...] = ()
     for rows, target, below, m, s, t in _blocks(
-        _block_shape(logits, dtype), logits, index, floor, shift, total, moment
+        _block_shape(logits, dtype, BLOCK_BYTES), logits, index, floor, shift, total, moment
     ):
         buffers = buffers or logits.new_empty((2, *rows.shape), dtype=dtype).unbind()
         d, weights = _fit(buffers, rows)
@@ -164,7 +164,7 @@ def _gradient(logits: Tensor, index: Tensor, ignored: Tensor | None, shift: Tens
     per_row = [index, shift, *coefficients.unbind()] + ([] if ignored is None else [ignored])
     buffers: tuple[Tensor, ...] = ()
     for rows, out, target, m, slope, offset, at_target, *skip in _blocks(
-        _block_shape(logits, dtype), logits, grad, *per_row
+        _block_shape(logits, dtype, BLOCK_BYTES), logits, grad, *per_row
     ):
         buffers = buffers or logits.new_empty((1 + converts, *rows.shape), dtype=dtype).unbind()
         d, *converted = _fit(buffers, rows)
@@ -318,8 +318,9 @@ def value_and_gradient(
     floor = logits.new_full((1,), FLOOR, dtype=dtype).expand(index.shape)
     scale = index.new_ones((1,), dtype=dtype).expand(index.shape) if upstream is None else upstream.unsqueeze(1)
     buffers: tuple[Tensor, ...] = ()
+    # Twice the block of the separate passes: here each block has its operations on few numbers as well.
     for rows, g, z_g, below, factor, *kept in _blocks(
-        _block_shape(logits, dtype), logits, index, target_logit, floor, scale, *values.unbind()
+        _block_shape(logits, dtype, 2 * BLOCK_BYTES), logits, index, target_logit, floor, scale, *values.unbind()
     ):
         buffers = buffers or logits.new_empty((2 + (logits.dtype != dtype), *rows.shape), dtype=dtype).unbind()
         d, weights, *products = _fit(buffers, rows)
