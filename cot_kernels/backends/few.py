@@ -1,4 +1,4 @@
-"""Value and gradient of few logits, in NumPy.
+"""What is computed on few numbers, in NumPy: value and gradient of few logits, and the losses of few rows.
 
 A call on a batch of 128 x 10 costs its number of operations, not their arithmetic, and one of NumPy's takes a third of
 the time of one of ATen's. Formulas and notation are those of :mod:`.aten`; the gradient is formed with the value, and
