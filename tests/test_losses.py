@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from oracle import CASES, Case, complement_entropy, draw, gradient_of, relative_error
@@ -157,6 +159,17 @@ def test_one_finite_complement_class_and_none(case: Case, dtype: torch.dtype, de
         assert loss[2].item() == torch.inf
     else:
         assert bool(loss.isfinite().all())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("fill", [-torch.inf, torch.inf, torch.nan, 3e38, -3e38])
+def test_extreme_logits_are_no_reason_to_warn(case: Case, fill: float) -> None:
+    """NumPy, which computes small problems, would tell of every overflow."""
+    logits, target = draw(4, 6, 200.0)
+    logits[0], logits[1, 2] = fill, fill
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradient_of(case.loss, logits.float(), target, torch.ones(4))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -142,8 +142,7 @@ def _finish(shift: Tensor, total: Tensor, moment: Tensor, target_logit: Tensor) 
     # A complement with no class above the floor is empty: its sums are empty, and b = -inf within rounding.
     empty = shift <= FLOOR
     log_total = total.masked_fill_(empty, 1).log()
-    # Where negligible classes are all there is in t, t is exactly 0.
-    mean = torch.hardshrink(moment, 1e-30).div_(total).masked_fill_(empty, 0)
+    mean = moment.div_(total).masked_fill_(empty, 0)
     return _Statistics(shift, total, mean, mean - log_total, (shift - target_logit).add_(log_total))
 
 
