@@ -171,3 +171,12 @@ def test_forward_mode_marks_targets_out_of_range() -> None:
     ):
         value, _ = torch.func.jvp(function, (logits,), (torch.ones_like(logits),))
         assert value.isnan().tolist() == [False, True, False]
+
+
+def test_an_empty_complement_under_forward_mode() -> None:
+    logits = torch.tensor([[2.0, -torch.inf, -torch.inf], [1.0, 2.0, 3.0]])
+    target = torch.zeros(2, dtype=torch.long)
+    expected = cot_kernels.complement_statistics(logits, target)
+    got, _ = torch.func.jvp(lambda z: tuple(cot_kernels.complement_statistics(z, target)), (logits,), (logits * 0,))
+    assert expected.complement_lse[0] == -torch.inf
+    torch.testing.assert_close(got, tuple(expected))
