@@ -27,6 +27,12 @@ def backend_for(logits: Tensor) -> ModuleType:
     return aten
 
 
+def batched(upstream: Tensor) -> bool:
+    """Whether it stands for a batch of gradients, as with torch.autograd.grad(is_grads_batched=True)."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(upstream) or functorch.is_legacy_batchedtensor(upstream)
+
+
 class RowLoss(torch.autograd.Function):
     """``reduce_n l(b_n, S_n)`` for an objective ``l``; see :mod:`cot_kernels.objectives`.
 
@@ -46,9 +52,9 @@ class RowLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
         logits, target, *saved = ctx.saved_tensors
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() or batched(upstream)):
             return ctx.backend.gradient(logits, tuple(saved), upstream), None, None, None, None
-        # create_graph=True: the gradient is to be differentiated itself.
+        # create_graph=True: the gradient is to be differentiated itself. Or many upstream gradients at once.
         ignore_index, objective, reduction = ctx.arguments
         if reduction == "none":
             upstream = upstream.reshape(target.shape).unsqueeze(1)
@@ -72,7 +78,7 @@ class RowStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor, None, None]:
         logits, target, *saved = ctx.saved_tensors
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() or any(batched(each) for each in upstreams)):
             return ctx.backend.statistics_gradient(logits, tuple(saved), *upstreams), None, None
         columns = (each.reshape(target.shape).unsqueeze(1) for each in upstreams)
         return differentiable.statistics_gradient(logits, target, ctx.ignore_index, *columns), None, None

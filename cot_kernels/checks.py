@@ -54,6 +54,11 @@ def check_target(target: Tensor) -> None:
         raise TypeError(f"target must hold integer class indices, got {target.dtype}{hint}")
 
 
+def signed(target: Tensor) -> Tensor:
+    """The target in a dtype that can hold an ignore_index: in uint8, -100 would be compared as class 156."""
+    return target.long() if target.dtype == torch.uint8 else target
+
+
 def check_dense(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")

@@ -30,7 +30,7 @@ from torch.autograd import forward_ad
 
 from cot_kernels import differentiable, distributed, operators
 from cot_kernels.autograd import RowLoss, RowStatistics
-from cot_kernels.checks import check_finite, check_nonnegative, check_rows, check_word
+from cot_kernels.checks import check_finite, check_nonnegative, check_rows, check_word, signed
 from cot_kernels.objectives import (
     ComplementEntropyObjective,
     CrossEntropyObjective,
@@ -216,11 +216,12 @@ def complement_statistics(input: Tensor, target: Tensor, *, ignore_index: int = 
 
 def _statistics(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
     values: tuple[Tensor, ...]
+    target = signed(target)
     if distributed.is_dtensor(input):
         values, _ = distributed.by_rows(partial(_statistics, ignore_index=ignore_index), input, target)
         return values
     logits, rows = _as_rows(input, target)
-    if _eager(input):
+    if _eager(input, target):
         values = RowStatistics.apply(logits, rows, ignore_index)  # type: ignore[no-untyped-call]
     elif plain_operations():
         values = differentiable.statistics(logits, rows, ignore_index)
@@ -231,12 +232,13 @@ def _statistics(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tenso
 
 def row_loss(input: Tensor, target: Tensor, ignore_index: int, objective: Objective, reduction: str) -> Tensor:
     loss: Tensor
+    target = signed(target)
     if distributed.is_dtensor(input):
         rows_of_rank = partial(row_loss, ignore_index=ignore_index, objective=objective, reduction="none")
         (loss,), target = distributed.by_rows(lambda input, target: (rows_of_rank(input, target),), input, target)
         return operators.reduce(loss, target, ignore_index, reduction, distributed.replicate)
     logits, rows = (input, target) if input.dim() == 2 else _as_rows(input, target)
-    if _eager(input):
+    if _eager(input, target):
         loss = RowLoss.apply(logits, rows, ignore_index, objective, reduction)  # type: ignore[no-untyped-call]
     elif plain_operations():
         loss = differentiable.loss(logits, rows, ignore_index, objective).squeeze(1)
@@ -246,12 +248,14 @@ def row_loss(input: Tensor, target: Tensor, ignore_index: int, objective: Object
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 
-def _eager(input: Tensor) -> bool:
+def _eager(input: Tensor, target: Tensor) -> bool:
     """Whether the autograd Functions can be called as they are, without the dispatcher's cost of an operator."""
     return not torch.compiler.is_compiling() and (
         type(input) in (Tensor, torch.nn.Parameter)
+        and type(target) in (Tensor, torch.nn.Parameter)
         and not input.is_meta
         and not operators.transformed()
+        and not operators.traced()
         and not plain_operations()
     )
 

@@ -38,6 +38,7 @@ from cot_kernels.checks import (
     check_nonnegative,
     check_options,
     check_target,
+    signed,
 )
 from cot_kernels.objectives import ComplementEntropyObjective, CrossEntropyObjective, Objective, cross_entropy_of
 
@@ -151,12 +152,14 @@ def _loss(
     memory_budget: int | None,
     return_parts: bool,
 ) -> Any:
+    target = signed(target)
     if not all(_plain(each) for each in (input, weight, bias, target) if each is not None):
         return _unfused(input, weight, bias, target, ignore_index, objective, reduction, return_parts)
     budget = memory_budget or (CPU_BUDGET if input.device.type == "cpu" else GPU_BUDGET)
     unit = objective.scaled(1 / objective.scale)
     plan = projection.Plan(ignore_index, unit, budget, _compute_dtype(input))
-    run = projection.by_operator if torch.compiler.is_compiling() else projection.LinearLoss.apply
+    seen = torch.compiler.is_compiling() or operators.traced()
+    run = projection.by_operator if seen else projection.LinearLoss.apply
     rows, parts = run(  # type: ignore[no-untyped-call]
         input.flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0),
         weight,

@@ -238,6 +238,14 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def traced() -> bool:
+    """Under fake tensors, make_fx or functionalization, which NumPy's operations would escape."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    keys = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(key) for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
+
+
 for _operator, _rule in (
     (row_loss, RowLossRule),
     (row_loss_gradient, RowLossGradientRule),

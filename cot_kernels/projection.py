@@ -163,7 +163,8 @@ class LinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Any, ...]:
         input, weight, bias, target = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: the gradients are to be differentiated themselves
+        if torch.is_grad_enabled() or autograd.batched(upstream):
+            # create_graph=True: the gradients are to be differentiated themselves. Or many upstream gradients at once.
             gradients = _differentiable(input, weight, bias, target, ctx.plan, upstream)
         elif ctx.uniform:
             # Scaled in place and given away: a second backward pass finds none, and forms them again.

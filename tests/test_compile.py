@@ -11,7 +11,8 @@ import torch
 from oracle import CASES, Case
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import cot_kernels
 from cot_kernels import operators
@@ -146,6 +147,48 @@ def test_meta_and_fake_tensors(case: Case) -> None:
             loss = case.loss(fake, torch.zeros(3, 4, dtype=torch.long), reduction=reduction)
             loss.sum().backward()
             assert loss.shape == shape and fake.grad is not None and fake.grad.shape == fake.shape
+
+
+class Labels(Tensor):
+    """A subclass that computes nothing itself."""
+
+    @staticmethod
+    def __new__(cls, data: Tensor) -> Labels:
+        return Tensor._make_subclass(cls, data)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_graphs_traced_by_make_fx_hold_no_values(case: Case) -> None:
+    """Small problems are computed outside of ATen in eager mode, where a tracer would record their results."""
+
+    def step(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        loss = case.loss(logits, target)
+        return loss, torch.autograd.grad(loss, logits)[0]
+
+    logits, target = problem(4, 7)
+    traced = make_fx(step)(logits.requires_grad_(), target)
+    other, labels = problem(4, 7, seed=1)
+    torch.testing.assert_close(traced(other, labels), step(other.requires_grad_(), labels))
+
+
+def test_linear_losses_traced_by_make_fx_hold_no_values() -> None:
+    def step(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        loss = cot_kernels.linear_complement_cross_entropy(hidden, weight, target)
+        return loss, torch.autograd.grad(loss, weight)[0]
+
+    weight = torch.randn(7, 7).requires_grad_()
+    traced = make_fx(step)(problem(4, 7)[0], weight, problem(4, 7)[1])
+    other, labels = problem(4, 7, seed=1)
+    torch.testing.assert_close(traced(other, weight, labels), step(other, weight, labels))
+
+
+def test_targets_that_are_not_plain_tensors() -> None:
+    logits, target = problem(4, 7)
+    expected = cot_kernels.complement_entropy(logits, target)
+    assert torch.equal(cot_kernels.complement_entropy(logits, Labels(target)), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert cot_kernels.complement_entropy(logits, mode.from_tensor(target)).shape == ()
+        assert isinstance(cot_kernels.complement_entropy(logits, target), FakeTensor)
 
 
 OPERANDS = [

@@ -173,6 +173,17 @@ def test_every_backward_pass_is_right(reduction: str, device: torch.device) -> N
     assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))  # nobody wrote to what was given away
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_many_upstream_gradients_at_once(reduction: str, device: torch.device) -> None:
+    input, weight, _, target = problem(device=device)
+    leaves = [each.requires_grad_() for each in (input, weight)]
+    loss = fused("complement cross-entropy", reduction=reduction)(*leaves, target)
+    many = torch.randn(3, *loss.shape, dtype=loss.dtype, device=device)
+    together = torch.autograd.grad(loss, leaves, many, is_grads_batched=True, retain_graph=True)
+    apart = [torch.autograd.grad(loss, leaves, upstream, retain_graph=True) for upstream in many]
+    torch.testing.assert_close(together, tuple(torch.stack(each) for each in zip(*apart, strict=True)))
+
+
 @pytest.mark.parametrize("frozen", ["input", "weight", "both"])
 def test_nothing_is_computed_for_what_is_frozen(frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     input, weight, _, target = problem()

@@ -153,6 +153,22 @@ def test_vmap(shape: tuple[int, ...], in_dims: tuple[int | None, int | None], de
         torch.testing.assert_close(torch.func.vmap(function, in_dims)(*batch), expected)
 
 
+def test_many_upstream_gradients_at_once(device: torch.device) -> None:
+    """torch.autograd.grad(is_grads_batched=True), which jacobian(vectorize=True) and others are built on."""
+    for case in CASES:
+        loss, logits = of_logits(case, "none", device)
+        leaf = logits.requires_grad_()
+        rows = loss(leaf)
+        one_by_one = [torch.autograd.grad(row, leaf, retain_graph=True)[0] for row in rows]
+        (together,) = torch.autograd.grad(rows, leaf, torch.eye(len(rows)).to(rows), is_grads_batched=True)
+        torch.testing.assert_close(together, torch.stack(one_by_one))
+    function, logits = statistics(device)
+    torch.testing.assert_close(
+        torch.autograd.functional.jacobian(function, logits, vectorize=True),
+        torch.autograd.functional.jacobian(function, logits),
+    )
+
+
 def test_compiled_transforms() -> None:
     """Per-sample gradients, compiled."""
     logits, target = draw(5, 7, None)

@@ -41,7 +41,8 @@ BLOCK_BYTES = 1 << 20
 # ATen's grain size: up to here an elementwise operation runs on one thread in a few microseconds.
 FEW_ELEMENTS = 1 << 15
 
-# What a forward pass hands its backward pass: the gradient itself, or index, ignored rows, m, and A, B and f_g stacked.
+# What a forward pass hands its backward pass: the gradient itself and the ignored rows; or index, ignored rows, m, and
+# A, B and f_g stacked.
 Saved: TypeAlias = tuple[Tensor | None, ...]
 
 
@@ -213,17 +214,17 @@ def loss(
         objective = objective.scaled(1 / count)
     if 0 < logits.numel() <= FEW_ELEMENTS and logits.device.type == "cpu":
         row_loss, grad = few.value_and_gradient(logits, index, objective, FLOOR)
-        if ignored is not None:
-            grad.masked_fill_(ignored, 0)
-        return _reduce(row_loss, ignored, count, reduction), (grad,)
+        return _reduce(row_loss, ignored, count, reduction), (grad, ignored)
     row_loss, shift, coefficients = _many(logits, index, target_logit, objective)
     return _reduce(row_loss, ignored, count, reduction), (index, ignored, shift, coefficients)
 
 
 def gradient(logits: Tensor, saved: Saved, upstream: Tensor) -> Tensor:
     """``upstream * dl/dz`` in the dtype and layout of the logits; ``upstream`` is shaped like the loss."""
-    if len(saved) == 1:
-        return (_present(saved[0]) * upstream).to(logits.dtype)
+    if len(saved) == 2:
+        grad, ignored = _present(saved[0]) * upstream, saved[1]
+        # After the product: whatever reaches an ignored row, its gradient is 0.
+        return (grad if ignored is None else grad.masked_fill_(ignored, 0)).to(logits.dtype)
     index, ignored, shift, coefficients = saved
     return _gradient(logits, _present(index), ignored, _present(shift), _present(coefficients) * upstream)
 
