@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -220,6 +221,8 @@ def _statistics(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tenso
     if distributed.is_dtensor(input):
         values, _ = distributed.by_rows(partial(_statistics, ignore_index=ignore_index), input, target)
         return values
+    if order := _memory_order(input):
+        return _permuted(partial(_statistics, ignore_index=ignore_index), input, target, order)
     logits, rows = _as_rows(input, target)
     if _eager(input, target):
         values = RowStatistics.apply(logits, rows, ignore_index)  # type: ignore[no-untyped-call]
@@ -237,6 +240,9 @@ def row_loss(input: Tensor, target: Tensor, ignore_index: int, objective: Object
         rows_of_rank = partial(row_loss, ignore_index=ignore_index, objective=objective, reduction="none")
         (loss,), target = distributed.by_rows(lambda input, target: (rows_of_rank(input, target),), input, target)
         return operators.reduce(loss, target, ignore_index, reduction, distributed.replicate)
+    if order := _memory_order(input):
+        of_order = partial(row_loss, ignore_index=ignore_index, objective=objective, reduction=reduction)
+        return _permuted(lambda input, target: (of_order(input, target),), input, target, order)[0]
     logits, rows = (input, target) if input.dim() == 2 else _as_rows(input, target)
     if _eager(input, target):
         loss = RowLoss.apply(logits, rows, ignore_index, objective, reduction)  # type: ignore[no-untyped-call]
@@ -263,6 +269,28 @@ def _eager(input: Tensor, target: Tensor) -> bool:
 def plain_operations() -> bool:
     """Where no operator can be called: in forward mode, and where a compiler traces a transform of torch.func."""
     return operators.transformed() if torch.compiler.is_compiling() else forward_ad._current_level >= 0
+
+
+def _memory_order(input: Tensor) -> list[int] | None:
+    """The trailing dimensions, the outermost in memory first, where that is another order than theirs.
+
+    In that order they are one dimension without a copy: logits whose height and width are transposed, for one. In a
+    graph for any shape the strides are not known.
+    """
+    if input.dim() < 4 or torch.compiler.is_compiling():
+        return None
+    strides = input.stride()[2:]
+    order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+    return None if order == list(range(len(strides))) else order
+
+
+def _permuted(
+    function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], input: Tensor, target: Tensor, order: list[int]
+) -> tuple[Tensor, ...]:
+    """``function`` with the trailing dimensions in ``order``; those of its values are put back."""
+    values = function(input.permute(0, 1, *(2 + dim for dim in order)), target.permute(0, *(1 + dim for dim in order)))
+    back = [0, *(1 + order.index(dim) for dim in range(len(order)))]
+    return tuple(value.permute(back) if value.dim() else value for value in values)
 
 
 def _as_rows(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

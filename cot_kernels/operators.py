@@ -239,7 +239,9 @@ def transformed() -> bool:
 
 
 def traced() -> bool:
-    """Under fake tensors, make_fx or functionalization, which NumPy's operations would escape."""
+    """Under torch.jit.trace, fake tensors, make_fx or functionalization, which NumPy's operations would escape."""
+    if torch._C._get_tracing_state():
+        return True
     if not torch._C._len_torch_dispatch_stack():
         return False
     keys = torch._C._TorchDispatchModeKey
@@ -269,43 +271,47 @@ def _fold(tensor: Tensor, dim: int | None, size: int, rows_at: int = 0) -> Tenso
     return tensor.flatten(rows_at, rows_at + 1)
 
 
-def _unfold(tensor: Tensor, like: Tensor, size: int, rows_at: int = 0) -> Tensor:
-    return tensor.reshape(*tensor.shape[:rows_at], size, like.shape[0] // max(size, 1), *tensor.shape[rows_at + 1 :])
+def _batch(info: Any, in_dims: Batched, target: Tensor) -> tuple[int, int]:
+    """The problems, none for one, and the rows of each."""
+    sizes = list(target.shape)
+    if in_dims[1] is not None:
+        del sizes[in_dims[1]]
+    return info.batch_size, sizes[0]
 
 
 @row_loss.register_vmap
 def _(info: Any, in_dims: Batched, logits: Tensor, target: Tensor, *arguments: Any) -> tuple[Any, Any]:
-    size = info.batch_size
+    batch = size, _ = _batch(info, in_dims, target)
     logits, target = _fold(logits, in_dims[0], size), _fold(target, in_dims[1], size)
     loss, state = row_loss(logits, target, *arguments)
-    return (_unfold(loss, target, size), _unfold(state, target, size, 1)), (0, 1)
+    return (loss.unflatten(0, batch), state.unflatten(1, batch)), (0, 1)
 
 
 @row_loss_gradient.register_vmap
 def _(info: Any, in_dims: Batched, logits: Tensor, target: Tensor, *arguments: Any) -> tuple[Any, Any]:
-    size = info.batch_size
+    batch = size, _ = _batch(info, in_dims, target)
     *arguments, state, upstream = arguments  # type: ignore[assignment]
     logits, target = _fold(logits, in_dims[0], size), _fold(target, in_dims[1], size)
     state, upstream = _fold(state, in_dims[5], size, 1), _fold(upstream, in_dims[6], size)
-    return _unfold(row_loss_gradient(logits, target, *arguments, state, upstream), target, size), 0
+    return row_loss_gradient(logits, target, *arguments, state, upstream).unflatten(0, batch), 0
 
 
 @row_statistics.register_vmap
 def _(info: Any, in_dims: Batched, logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Any, Any]:
-    size = info.batch_size
+    batch = size, _ = _batch(info, in_dims, target)
     logits, target = _fold(logits, in_dims[0], size), _fold(target, in_dims[1], size)
     *values, state = row_statistics(logits, target, ignore_index)
-    return (*(_unfold(value, target, size) for value in values), _unfold(state, target, size, 1)), (0, 0, 0, 1)
+    return (*(value.unflatten(0, batch) for value in values), state.unflatten(1, batch)), (0, 0, 0, 1)
 
 
 @row_statistics_gradient.register_vmap
 def _(info: Any, in_dims: Batched, logits: Tensor, target: Tensor, ignore_index: int, *rows: Tensor) -> tuple[Any, Any]:
-    size = info.batch_size
+    batch = size, _ = _batch(info, in_dims, target)
     logits, target = _fold(logits, in_dims[0], size), _fold(target, in_dims[1], size)
     state = _fold(rows[0], in_dims[3], size, 1)
     upstreams = [_fold(each, dim, size) for each, dim in zip(rows[1:], in_dims[4:], strict=True)]
     gradient = row_statistics_gradient(logits, target, ignore_index, state, *upstreams)
-    return _unfold(gradient, target, size), 0
+    return gradient.unflatten(0, batch), 0
 
 
 # Autocast.

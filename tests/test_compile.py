@@ -92,6 +92,16 @@ def test_compiled_by_inductor(shape: tuple[int, ...], dtype: torch.dtype, device
     torch.testing.assert_close(compiled, both(step, logits.to(dtype), target), rtol=tolerance, atol=tolerance / 10)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_transposed_trailing_dimensions_under_the_compiler(dynamic: bool) -> None:
+    logits, target = problem(2, 7, 5, 6)
+    compiled = torch.compile(cot_kernels.complement_entropy, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    logits, target = logits.transpose(2, 3), target.transpose(1, 2)
+    torch.testing.assert_close(
+        both(compiled, logits, target), both(cot_kernels.complement_entropy, logits, target), rtol=1e-6, atol=1e-7
+    )
+
+
 def test_errors_and_warnings_under_the_compiler() -> None:
     compiled = torch.compile(cot_kernels.complement_entropy, backend="aot_eager")
     logits, target = problem(3, 5)
@@ -147,6 +157,15 @@ def test_meta_and_fake_tensors(case: Case) -> None:
             loss = case.loss(fake, torch.zeros(3, 4, dtype=torch.long), reduction=reduction)
             loss.sum().backward()
             assert loss.shape == shape and fake.grad is not None and fake.grad.shape == fake.shape
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", CALLS)
+def test_jit_trace(name: str) -> None:
+    traced = torch.jit.trace(lambda *tensors: CALLS[name](*tensors), problem(4, 10))
+    for rows in (4, 9):
+        logits, target = problem(rows, 10, seed=rows)
+        torch.testing.assert_close(both(traced, logits, target), both(CALLS[name], logits, target))
 
 
 class Labels(Tensor):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import cot_kernels
+from cot_kernels.backends import aten
 from cot_kernels.functional import _as_rows
 
 
@@ -147,6 +148,39 @@ def test_channels_last_logits_are_taken_as_rows_without_a_copy() -> None:
     apart = torch.randn(4, 6, 5, 7).to(memory_format=torch.channels_last)[::2]
     rows, _ = _as_rows(apart, torch.zeros(2, 5, 7, dtype=torch.long))
     torch.testing.assert_close(rows.flatten(), apart.flatten(2).flatten())
+
+
+@pytest.mark.parametrize("order", [(0, 1, 3, 2, 4), (0, 1, 4, 2, 3), (2, 4, 0, 3, 1), (3, 1, 0, 4, 2)])
+def test_trailing_dimensions_in_any_order(order: tuple[int, ...], device: torch.device) -> None:
+    logits = torch.randn(2, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0)).permute(order)
+    classes, *rows = logits.shape[1], logits.shape[0], *logits.shape[2:]
+    target = torch.randint(classes, rows, generator=torch.Generator().manual_seed(1))
+    leaf = logits.to(device).requires_grad_()
+    assert leaf.stride() == logits.stride()
+    upstream = torch.randn(rows)
+    dense = logits.double().contiguous().requires_grad_()
+    true = cot_kernels.reference.complement_entropy(dense, target, reduction="none")
+    loss = cot_kernels.complement_entropy(leaf, target.to(device), reduction="none")
+    torch.testing.assert_close(loss.cpu().double(), true, rtol=1e-5, atol=1e-7)
+    gradient = torch.autograd.grad(loss, leaf, upstream.to(device))[0]
+    assert relative_error(gradient, torch.autograd.grad(true, dense, upstream.double())[0]) < 2e-6
+    for value, expected in zip(
+        cot_kernels.complement_statistics(leaf, target.to(device)),
+        cot_kernels.complement_statistics(dense, target),
+        strict=True,
+    ):
+        torch.testing.assert_close(value.cpu().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 3, 2), (0, 3, 1, 2), (0, 3, 2, 1), (3, 0, 2, 1)])
+def test_transposed_trailing_dimensions_are_read_where_they_are(
+    order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = torch.randn(2, 6, 5, 7).permute(order)
+    seen = []
+    monkeypatch.setattr(aten, "loss", lambda logits, *rest: seen.append(logits) or (logits.sum(), ()))
+    cot_kernels.cross_entropy(logits, torch.zeros(logits.shape[0], *logits.shape[2:], dtype=torch.long))
+    assert seen[0].data_ptr() == logits.data_ptr() and seen[0].numel() == logits.numel()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])

@@ -76,7 +76,7 @@ def _compiled(mesh: Any) -> None:
 
 
 def _refusals(mesh: Any) -> None:
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
     logits, target = torch.randn(4, 8), torch.arange(4)
     spread = distribute_tensor(target, mesh, [Replicate()])
@@ -86,6 +86,9 @@ def _refusals(mesh: Any) -> None:
         cot_kernels.cross_entropy(distribute_tensor(logits[0], mesh, [Shard(0)]), distribute_tensor(target[0], mesh))
     with pytest.raises(TypeError, match="target must be a DTensor where the other argument is one, got Tensor"):
         cot_kernels.complement_entropy(distribute_tensor(logits, mesh, [Shard(0)]), target)
+    other = init_device_mesh("cpu", (1, WORLD))
+    with pytest.raises(ValueError, match="input and target must be on one device mesh, got "):
+        cot_kernels.complement_entropy(distribute_tensor(logits, other, [Replicate()] * 2), spread)
     with pytest.raises(TypeError, match="input must be a DTensor where the other argument is one, got Tensor"):
         cot_kernels.complement_statistics(logits, spread)
 

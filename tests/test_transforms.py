@@ -153,6 +153,19 @@ def test_vmap(shape: tuple[int, ...], in_dims: tuple[int | None, int | None], de
         torch.testing.assert_close(torch.func.vmap(function, in_dims)(*batch), expected)
 
 
+def test_vmap_over_no_problems() -> None:
+    logits, target = torch.randn(0, 3, 5), torch.zeros(0, 3, dtype=torch.long)
+    loss = cot_kernels.complement_entropy
+    assert torch.func.vmap(loss)(logits, target).shape == (0,)
+    assert torch.func.vmap(torch.func.grad(loss))(logits, target).shape == (0, 3, 5)
+    assert torch.func.vmap(torch.func.jacrev(cot_kernels.complement_statistics))(logits, target)[0].shape == (
+        0,
+        3,
+        3,
+        5,
+    )
+
+
 def test_many_upstream_gradients_at_once(device: torch.device) -> None:
     """torch.autograd.grad(is_grads_batched=True), which jacobian(vectorize=True) and others are built on."""
     for case in CASES:

@@ -65,7 +65,7 @@ def _read_targets(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Te
     """Where each row's target is in the logits, which rows are ignored (they point at class 0), and ``z_g``."""
     num_classes = logits.shape[1]
     index = target.long().unsqueeze(1)
-    if index.is_meta or not 0 <= ignore_index < num_classes:
+    if not 0 <= ignore_index < num_classes:
         # Gathering checks each index anyway; only when one is out of range is it worth a look of our own.
         with contextlib.suppress(IndexError, RuntimeError):
             return index, None, logits.gather(1, index)
