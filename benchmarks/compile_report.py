@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.sass import Program
-from cot_kernels.backends.triton import gradient, launch, objectives, statistics
+from cot_kernels.backends.triton import gradient, launch, objectives, statistics, value_and_gradient
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -60,6 +60,13 @@ LAYOUTS = (
     Layout("long, unequal heads", 50257, aligned=False),
     Layout("class-major", 21, class_stride=1 << 18),
 )
+
+
+# The kernels whose work grows with the classes.
+STREAMING = ("statistics", "gradient", "value_and_gradient")
+
+# How the logits of a chunk lie, which the package has laid out itself: every row begins on a boundary.
+PRIVATE = ("short", "medium", "long")
 
 
 @dataclass(frozen=True)
@@ -103,8 +110,11 @@ def variants() -> Iterator[Variant]:
     for target in TARGETS:
         for dtype in DTYPES if target == "sm_90" else [dtype for dtype in DTYPES if dtype != "fp64"]:
             for layout in LAYOUTS:
-                for kernel in ("statistics", "gradient"):
-                    found[Variant(kernel, layout.name, dtype, target, "complement_entropy", True, False)] = None
+                for kernel in STREAMING:
+                    if kernel == "value_and_gradient" and layout.name in PRIVATE:
+                        found[Variant(kernel, layout.name, dtype, target, "cross_entropy", False, False)] = None
+                    elif kernel != "value_and_gradient":
+                        found[Variant(kernel, layout.name, dtype, target, "complement_entropy", True, False)] = None
             if dtype not in ("bf16", "fp64"):
                 continue
             for objective in TWINS:
@@ -157,6 +167,12 @@ def source_of(variant: Variant) -> tuple[ASTSource, dict[str, int]]:
         elif variant.kernel == "merge":
             kernel, warps = statistics.merge_kernel, 4
             constants = {"OBJECTIVE": twin, "REDUCES": variant.reduces, "ROWS": 16, "SPLITS": 16}
+        elif variant.kernel == "value_and_gradient":
+            kernel = value_and_gradient.value_and_gradient_kernel
+            constants = {
+                "OBJECTIVE": twin, "HAS_UPSTREAM": False, "GRADIENT": True, "ROWS": tile.rows,
+                "LANES": tile.lanes, "VEC": tile.vec, "ALIGN": tile.align,
+            }  # fmt: skip
         else:
             kernel = gradient.gradient_kernel
             constants = {"HAS_FACTOR": variant.reduces, "ROWS": tile.rows, "BLOCK": tile.block, "ALIGN": tile.align}
@@ -235,7 +251,7 @@ def _gap_operations(ptx: str) -> list[str]:
 
 def report_on(variant: Variant) -> Report:
     source, options = source_of(variant)
-    promised = variant.kernel in ("statistics", "gradient") and tile_of(variant)[1].align > 1
+    promised = variant.kernel in STREAMING and tile_of(variant)[1].align > 1
     compiled = triton.compile(source, target=TARGETS[variant.target], options=options)
     narrow_offsets = len(re.findall(r"arith\.muli %num_rows[^:]*: i32", compiled.asm["ttir"]))
     if variant.target.startswith("gfx"):
@@ -255,10 +271,10 @@ def report_on(variant: Variant) -> Report:
             [_sass_tool("nvdisasm"), "-c", cubin.name], capture_output=True, text=True, check=True
         ).stdout
     executed: dict[str, Any] = {}
-    if variant.kernel in ("statistics", "gradient") and variant.dtype != "fp64":  # exp2 of a float64 is a subroutine
+    if variant.kernel in STREAMING and variant.dtype != "fp64":  # exp2 of a float64 is a subroutine
         tile = tile_of(variant)[1]
         logits = tile.rows * tile.block // (32 * tile.warps)
-        path = Program.parse(sass).usual_path(logits)
+        path = Program.parse(sass).usual_path(logits, loops=2 if variant.kernel == "value_and_gradient" else 1)
         executed = {
             "executed_per_logit": round(path.instructions / logits, 2),
             "special_per_logit": round(path.special / logits, 2),

@@ -80,16 +80,24 @@ class Program:
                         ways[now] = min(ways.get(now, state), state)
         return min(arrived, default=None)
 
-    def usual_path(self, elements: int) -> Path:
-        """The usual way through a tile of which a thread computes ``elements`` logits."""
-        turns = (
-            self.shortest(target, index, elements)
+    def usual_path(self, elements: int, loops: int = 1) -> Path:
+        """The usual way through a tile of which a thread computes ``elements`` logits, in each of ``loops`` in turn."""
+        turns = [
+            (found, target, index)
             for index in range(len(self.instructions))
             for target in self.successors(index)
-            if target < index
-        )
-        turn = min((each for each in turns if each), default=None)
-        whole = turn or self.shortest(0, None, elements)
+            if target < index and (found := self.shortest(target, index, elements))
+        ]
+        apart: list[tuple[tuple[int, int], int, int]] = []
+        for turn in sorted(turns):
+            if all(turn[1] > last or turn[2] < first for _, first, last in apart):
+                apart.append(turn)
+        if apart:
+            counts = [found for found, *_ in apart[:loops]]
+            if len(counts) < loops:
+                raise ValueError(f"{len(counts)} loops of the kernel compute {elements} exponentials, not {loops}")
+            return Path(sum(length for length, _ in counts), sum(special for _, special in counts), in_loop=True)
+        whole = self.shortest(0, None, elements)
         if whole is None:
             raise ValueError(f"no way through the kernel computes {elements} exponentials")
-        return Path(*whole, in_loop=turn is not None)
+        return Path(*whole, in_loop=False)

@@ -47,16 +47,19 @@ def test_rows_are_read_and_written_in_128_bits(reports: list[dict[str, Any]]) ->
     assert {
         (kernel, name) for kernel in ("statistics", "gradient") for name in ("short", "medium", "long", "long, odd")
     } <= layouts
+    assert {("value_and_gradient", name) for name in ("short", "medium", "long")} <= layouts
     for report in promised:
         assert report["global_loads"].get("128"), report
-        if report["variant"]["kernel"] == "gradient":
+        if report["variant"]["kernel"] != "statistics":
             assert report["global_stores"].get("128"), report
 
 
 def test_running_maxima_are_subtracted_as_they_were_rounded(reports: list[dict[str, Any]]) -> None:
     """An unrounded product there makes lanes that saw nothing NaN, which no interpreter can show."""
     for report in reports:
-        if report["variant"]["kernel"] in ("statistics", "merge") and report["gap_operations"] is not None:
+        if report["variant"]["kernel"] in ("statistics", "merge", "value_and_gradient"):
+            if report["gap_operations"] is None:  # AMD's assembly
+                continue
             assert report["gap_operations"] == ["sub"], report
 
 
@@ -65,8 +68,10 @@ def test_offsets_into_the_state_are_64_bits_wide(reports: list[dict[str, Any]]) 
 
 
 # Executed instructions a logit in bf16, of rows that have a program to themselves: the forward pass over a turn of its
-# loop, the backward pass from entry to exit. Beyond 15 and 31, issue slots and not memory would bound an H200.
-BUDGETS = {"statistics": 11, "gradient": 17}
+# loop, the backward pass from entry to exit, both in one over a turn of both loops. Beyond 15, 31 and 31, issue slots
+# and not memory would bound an H200.
+BUDGETS = {"statistics": 11, "gradient": 17, "value_and_gradient": 22}
+PASSES = {"statistics": 1, "gradient": 1, "value_and_gradient": 2}
 
 
 def test_instructions_a_logit(reports: list[dict[str, Any]]) -> None:
@@ -79,9 +84,10 @@ def test_instructions_a_logit(reports: list[dict[str, Any]]) -> None:
         for report in counted
         if report["variant"]["dtype"] == "bf16" and report["variant"]["layout"] in ("medium", "long", "long, odd")
     ]
-    assert len(streaming) >= 6
+    assert len(streaming) >= 8
     for report in streaming:
         kernel = report["variant"]["kernel"]
-        assert 1 < report["special_per_logit"] < 1.5, report  # one exponential a logit and little else
-        assert report["in_loop"] == (kernel == "statistics"), report
+        passes = PASSES[kernel]
+        assert passes < report["special_per_logit"] < passes + 0.5, report  # one exponential a logit and little else
+        assert report["in_loop"] == (kernel != "gradient"), report
         assert 4 < report["executed_per_logit"] <= BUDGETS[kernel], report

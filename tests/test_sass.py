@@ -30,6 +30,25 @@ def test_usual_path_is_the_shortest_turn_that_computes() -> None:
     assert (path.instructions, path.special, path.in_loop) == (5, 2, True)
 
 
+TWICE = KERNEL.replace(
+    "        /*0090*/                   MUFU.RCP R4, R4 ;",
+    """
+.L_x_3:
+        /*0090*/                   MUFU.EX2 R4, R4 ;
+        /*00a0*/                   MUFU.EX2 R4, R4 ;
+        /*00b0*/              @P2 BRA `(.L_x_3) ;
+        /*00c0*/              @P2 BRA `(.L_x_0) ;""",
+)
+
+
+def test_two_loops_are_counted_together() -> None:
+    """The loop that holds both is none of them."""
+    path = Program.parse(TWICE).usual_path(2, loops=2)
+    assert (path.instructions, path.special, path.in_loop) == (5 + 3, 4, True)
+    with pytest.raises(ValueError, match="1 loops of the kernel compute 2 exponentials, not 2"):
+        Program.parse(KERNEL).usual_path(2, loops=2)
+
+
 def test_without_a_loop_all_is_counted() -> None:
     straight = "\n".join(line for line in KERNEL.splitlines() if "`(.L_x_0)" not in line)
     path = Program.parse(straight).usual_path(2)

@@ -21,6 +21,7 @@ from cot_kernels.backends.triton import launch
 from cot_kernels.backends.triton.gradient import gradient_kernel
 from cot_kernels.backends.triton.objectives import device_twin
 from cot_kernels.backends.triton.statistics import merge_kernel, reduce_kernel, statistics_kernel
+from cot_kernels.backends.triton.value_and_gradient import value_and_gradient_kernel
 from cot_kernels.objectives import Objective, cross_entropy_of
 
 # What a forward pass hands its backward pass: target, state [5, N] (see statistics.finish), 1 / count where a mean.
@@ -66,6 +67,13 @@ def _tile(*tensors: Tensor) -> launch.Tile:
     )
 
 
+def _splits(tile: launch.Tile, num_rows: int, num_classes: int, device: torch.device) -> int:
+    if tile.rows > 1 or not num_rows:
+        return 1
+    tiles = triton.cdiv(num_classes + tile.align - 1, tile.block)
+    return launch.choose_splits(num_rows, tiles, _multiprocessors(device))
+
+
 def _forward(
     logits: Tensor, target: Tensor, ignore_index: int, objective: Objective | None, reduces: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,8 +86,7 @@ def _forward(
     if objective is not None:
         twin, parameters = device_twin(objective)
     tile = _tile(logits)
-    tiles = triton.cdiv(num_classes + tile.align - 1, tile.block)
-    splits = launch.choose_splits(num_rows, tiles, _multiprocessors(device)) if tile.rows == 1 and num_rows else 1
+    splits = _splits(tile, num_rows, num_classes, device)
     merge_rows = max(1, 256 // launch.next_power_of_two(splits))
     blocks = triton.cdiv(num_rows, merge_rows if splits > 1 else tile.rows)
 
@@ -210,6 +217,34 @@ def value_and_gradient(
         target: (N), integers.
         upstream: (N), the derivative of a scalar by each row's loss; None where it is 1.
     """
+    num_rows, num_classes = logits.shape
+    tile = _tile(logits)
+    if _splits(tile, num_rows, num_classes, logits.device) > 1:
+        return _value_and_gradient_of_few(logits, target, ignore_index, objective, upstream, wanted)
+    twin, parameters = device_twin(objective)
+    values = torch.empty((3, num_rows), dtype=accumulation_dtype(logits.dtype), device=logits.device)
+    if not num_rows:
+        return values
+    with _on_device_of(logits):
+        value_and_gradient_kernel[(triton.cdiv(num_rows, tile.rows),)](
+            logits, target.contiguous(), values if upstream is None else upstream, values, num_rows, num_classes,
+            logits.stride(0), 0 if upstream is None else upstream.stride(0), ignore_index, *parameters,
+            OBJECTIVE=twin,
+            HAS_UPSTREAM=upstream is not None,
+            GRADIENT=wanted,
+            ROWS=tile.rows,
+            LANES=tile.lanes,
+            VEC=tile.vec,
+            ALIGN=tile.align,
+            num_warps=tile.warps,
+        )  # fmt: skip
+    return values
+
+
+def _value_and_gradient_of_few(
+    logits: Tensor, target: Tensor, ignore_index: int, objective: Objective, upstream: Tensor | None, wanted: bool
+) -> Tensor:
+    """For rows so few that several programs share one: the statistics, and then the gradient in place."""
     with _on_device_of(logits):
         values, flat_target, state = _forward(logits, target, ignore_index, None, False)
     target_logit, _, negentropy = values.unbind()

@@ -22,6 +22,52 @@ def complement_gradient(z, shift, log_total, slope, offset):
 
 
 @triton.jit
+def write_tile(
+    pointers,
+    grad_pointers,
+    start,
+    target,
+    num_classes,
+    shift,
+    log_total,
+    slope,
+    offset,
+    at_target,
+    BLOCK: tl.constexpr,
+    EVICTION: tl.constexpr,
+):
+    """The gradient of the BLOCK classes from ``start`` of one row; of an ignored one, without reading it.
+
+    Masks, and all that is for the edges, are formed within the branches that need them: most tiles do without.
+    """
+    dtype: tl.constexpr = shift.dtype
+    out_dtype: tl.constexpr = grad_pointers.dtype.element_ty
+    columns = tl.arange(0, BLOCK)
+    if log_total == float("inf"):  # ignored
+        classes = start + columns
+        mask = (classes >= 0) & (classes < num_classes)
+        tl.store(grad_pointers + columns, tl.zeros([BLOCK], out_dtype), mask=mask)
+    elif is_interior(start, target, num_classes, BLOCK):
+        z = tl.load(pointers + columns, eviction_policy=EVICTION).to(dtype)
+        tl.store(grad_pointers + columns, complement_gradient(z, shift, log_total, slope, offset).to(out_dtype))
+    else:
+        classes = start + columns
+        mask = (classes >= 0) & (classes < num_classes)
+        z = tl.load(pointers + columns, mask=mask, other=0.0, eviction_policy=EVICTION).to(dtype)
+        grad = complement_gradient(z, shift, log_total, slope, offset)
+        grad = tl.where(classes == target, at_target, grad)
+        tl.store(grad_pointers + columns, grad.to(out_dtype), mask=mask)
+
+
+@triton.jit
+def gradient_of_rows(z, classes, target, wanted, shift, log_total, slope, offset, at_target):
+    """Of some classes [ROWS, BLOCK] of several rows; zero where they are ignored."""
+    grad = complement_gradient(z, shift[:, None], log_total[:, None], slope[:, None], offset[:, None])
+    grad = tl.where(classes[None, :] == target[:, None], at_target[:, None], grad)
+    return tl.where(wanted[:, None], grad, 0.0)
+
+
+@triton.jit
 def gradient_kernel(
     logits_pointer,
     target_pointer,
@@ -51,8 +97,6 @@ def gradient_kernel(
     num_rows = tl.cast(num_rows, tl.int64)  # 5 N entries of state pass 2^31
     tile = (program - block * tiles).to(tl.int32)
     dtype: tl.constexpr = state_pointer.dtype.element_ty
-    out_dtype: tl.constexpr = grad_pointer.dtype.element_ty
-    columns = tl.arange(0, BLOCK)
 
     if ROWS == 1:
         row = block
@@ -73,21 +117,10 @@ def gradient_kernel(
         start = tile * BLOCK - head
         pointers = step_back(base, head, ALIGN) + tile * BLOCK
         grad_pointers = step_back(grad_base, head, ALIGN) + tile * BLOCK
-        # Masks, and all that is for the edges, are formed within the branches that need them: most tiles do without.
-        if log_total == float("inf"):  # ignored
-            classes = start + columns
-            mask = (classes >= 0) & (classes < num_classes)
-            tl.store(grad_pointers + columns, tl.zeros([BLOCK], out_dtype), mask=mask)
-        elif is_interior(start, target, num_classes, BLOCK):
-            z = tl.load(pointers + columns).to(dtype)
-            tl.store(grad_pointers + columns, complement_gradient(z, shift, log_total, slope, offset).to(out_dtype))
-        else:
-            classes = start + columns
-            mask = (classes >= 0) & (classes < num_classes)
-            z = tl.load(pointers + columns, mask=mask, other=0.0).to(dtype)
-            grad = complement_gradient(z, shift, log_total, slope, offset)
-            grad = tl.where(classes == target, at_target, grad)
-            tl.store(grad_pointers + columns, grad.to(out_dtype), mask=mask)
+        write_tile(
+            pointers, grad_pointers, start, target, num_classes,
+            shift, log_total, slope, offset, at_target, BLOCK, "",
+        )  # fmt: skip
     else:
         rows = block * ROWS + tl.arange(0, ROWS)
         inside = rows < num_rows
@@ -103,14 +136,12 @@ def gradient_kernel(
         offset = tl.load(state + 3 * num_rows, mask=wanted, other=0.0) * upstream
         at_target = tl.load(state + 4 * num_rows, mask=wanted, other=0.0) * upstream
 
-        classes = tile * BLOCK + columns
+        classes = tile * BLOCK + tl.arange(0, BLOCK)
         within = (classes < hint(num_classes, ALIGN))[None, :]
         base = row_pointers(logits_pointer, rows, inner, hint(stride_n, ALIGN), stride_d)
         pointers = base[:, None] + classes[None, :].to(tl.int64) * stride_k
         z = tl.load(pointers, mask=wanted[:, None] & within, other=0.0).to(dtype)
-        grad = complement_gradient(z, shift[:, None], log_total[:, None], slope[:, None], offset[:, None])
-        grad = tl.where(classes[None, :] == target[:, None], at_target[:, None], grad)
+        grad = gradient_of_rows(z, classes, target, wanted, shift, log_total, slope, offset, at_target)
         grad_base = row_pointers(grad_pointer, rows, inner, hint(grad_stride_n, ALIGN), grad_stride_d)
         grad_pointers = grad_base[:, None] + classes[None, :].to(tl.int64) * grad_stride_k
-        grad = tl.where(wanted[:, None], grad, 0.0)
-        tl.store(grad_pointers, grad.to(out_dtype), mask=inside[:, None] & within)
+        tl.store(grad_pointers, grad.to(grad_pointer.dtype.element_ty), mask=inside[:, None] & within)

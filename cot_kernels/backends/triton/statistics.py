@@ -59,6 +59,67 @@ def fold(z, shift, total, moment):
 
 
 @triton.jit
+def read_row(
+    aligned,
+    head,
+    target,
+    first,
+    last,
+    num_classes,
+    dtype: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    EVICTION: tl.constexpr,
+):
+    """(m, s, t), [1] each, of the tiles ``first`` to ``last`` of one row; see :func:`.tiles.step_back`."""
+    BLOCK: tl.constexpr = LANES * VEC
+    shift = tl.full([1, LANES], FLOOR, dtype)
+    total = tl.zeros([1, LANES], dtype)
+    moment = tl.zeros([1, LANES], dtype)
+    columns = tl.arange(0, BLOCK)
+    for tile in range(first, last):
+        start = tile * BLOCK - head
+        pointers = aligned + (tile * BLOCK + columns)
+        if is_interior(start, target, num_classes, BLOCK):
+            z = tl.load(pointers, eviction_policy=EVICTION).to(dtype)
+        else:
+            classes = start + columns
+            kept = (classes >= 0) & (classes < num_classes) & (classes != target)
+            z = tl.load(pointers, mask=kept, other=-float("inf"), eviction_policy=EVICTION).to(dtype)
+        shift, total, moment = fold(tl.reshape(z, [1, LANES, VEC]), shift, total, moment)
+    return merge(shift, total, moment, 1)
+
+
+@triton.jit
+def read_rows(
+    base,
+    target,
+    wanted,
+    num_classes,
+    stride_k,
+    dtype: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """(m, s, t) of ROWS rows."""
+    BLOCK: tl.constexpr = LANES * VEC
+    shift = tl.full([ROWS, LANES], FLOOR, dtype)
+    total = tl.zeros([ROWS, LANES], dtype)
+    moment = tl.zeros([ROWS, LANES], dtype)
+    columns = tl.arange(0, BLOCK)
+    bound = hint(num_classes, ALIGN)
+    for start in range(0, num_classes, BLOCK):
+        classes = start + columns
+        pointers = base[:, None] + classes[None, :].to(tl.int64) * stride_k
+        z = tl.load(pointers, mask=wanted[:, None] & (classes < bound)[None, :], other=-float("inf"))
+        z = tl.where(classes[None, :] == target[:, None], -float("inf"), z.to(dtype))
+        shift, total, moment = fold(tl.reshape(z, [ROWS, LANES, VEC]), shift, total, moment)
+    return merge(shift, total, moment, 1)
+
+
+@triton.jit
 def statistics_kernel(
     logits_pointer,
     target_pointer,
@@ -95,43 +156,22 @@ def statistics_kernel(
     target, wanted, stray = load_targets(target_pointer, rows, num_rows, num_classes, ignore_index)
 
     dtype: tl.constexpr = tl.float64 if logits_pointer.dtype.element_ty == tl.float64 else tl.float32
-    shift = tl.full([ROWS, LANES], FLOOR, dtype)
-    total = tl.zeros([ROWS, LANES], dtype)
-    moment = tl.zeros([ROWS, LANES], dtype)
-    columns = tl.arange(0, BLOCK)
-
     if ROWS == 1:
         one_target, one_wanted, _ = load_targets(target_pointer, block, num_rows, num_classes, ignore_index)
-        one_base = row_pointers(logits_pointer, block, inner, stride_n, stride_d)
-        head = misalignment(one_base, ALIGN)
-        aligned = step_back(one_base, head, ALIGN)
-        tiles = tl.where(one_wanted, tl.cdiv(num_classes + head, BLOCK), 0)
+        base = row_pointers(logits_pointer, block, inner, stride_n, stride_d)
+        head = misalignment(base, ALIGN)
+        aligned = step_back(base, head, ALIGN)
+        last = tl.where(one_wanted, tl.cdiv(num_classes + head, BLOCK), 0)
         first = 0
         if SPLIT:
-            share = tl.cdiv(tiles, splits)
+            share = tl.cdiv(last, splits)
             first = split * share
-            tiles = tl.minimum(tiles, first + share)
-        for tile in range(first, tiles):
-            start = tile * BLOCK - head
-            pointers = aligned + (tile * BLOCK + columns)
-            if is_interior(start, one_target, num_classes, BLOCK):
-                z = tl.load(pointers).to(dtype)
-            else:
-                classes = start + columns
-                kept = (classes >= 0) & (classes < num_classes) & (classes != one_target)
-                z = tl.load(pointers, mask=kept, other=-float("inf")).to(dtype)
-            shift, total, moment = fold(tl.reshape(z, [ROWS, LANES, VEC]), shift, total, moment)
+            last = tl.minimum(last, first + share)
+        shift, total, moment = read_row(aligned, head, one_target, first, last, num_classes, dtype, LANES, VEC, "")
     else:
-        bound = hint(num_classes, ALIGN)
         base = row_pointers(logits_pointer, rows, inner, hint(stride_n, ALIGN), stride_d)
-        for start in range(0, num_classes, BLOCK):
-            classes = start + columns
-            pointers = base[:, None] + classes[None, :].to(tl.int64) * stride_k
-            z = tl.load(pointers, mask=wanted[:, None] & (classes < bound)[None, :], other=-float("inf"))
-            z = tl.where(classes[None, :] == target[:, None], -float("inf"), z.to(dtype))
-            shift, total, moment = fold(tl.reshape(z, [ROWS, LANES, VEC]), shift, total, moment)
+        shift, total, moment = read_rows(base, target, wanted, num_classes, stride_k, dtype, ROWS, LANES, VEC, ALIGN)
 
-    shift, total, moment = merge(shift, total, moment, 1)
     if SPLIT:
         place = parts_pointer + rows * splits + split
         tl.store(place, shift)
@@ -195,6 +235,16 @@ def merge_kernel(
 
 
 @triton.jit
+def row_values(target_logit, shift, total, moment):
+    """log2 s, S and b of rows, and whether their complement is empty: no class but the target's above the floor."""
+    empty = (shift <= FLOOR) & (total == total)  # a NaN total is no empty sum
+    log_total = tl.log2(tl.where(empty, 1.0, total))
+    negentropy = tl.where(empty, 0.0, (moment / total - log_total) * LN2)
+    log_odds = (log_total - (target_logit * LOG2E - shift)) * LN2
+    return log_total, negentropy, log_odds, empty
+
+
+@triton.jit
 def finish(
     rows,
     num_rows,
@@ -221,11 +271,7 @@ def finish(
     objective the statistics (z_g, L, S) themselves are written.
     """
     inside = rows < num_rows
-    # No other class above the floor: S is an empty sum, and L = -inf. (A NaN total is no empty one.)
-    empty = (shift <= FLOOR) & (total == total)
-    log_total = tl.log2(tl.where(empty, 1.0, total))
-    negentropy = tl.where(empty, 0.0, (moment / total - log_total) * LN2)
-    log_odds = (log_total - (target_logit * LOG2E - shift)) * LN2
+    log_total, negentropy, log_odds, empty = row_values(target_logit, shift, total, moment)
 
     state = state_pointer + rows
     tl.store(state, shift, mask=inside)

@@ -1,0 +1,110 @@
+"""Values and gradient of rows in one kernel that overwrites the logits: for the private logits of a linear loss.
+
+Traffic: N K logits read and N K gradients written. A program reads its row for the statistics and reads it again, from
+the end that is still in the L2 cache, for the gradient: at K = 131072 in bf16 a row is 256 KiB, and the rows that the
+132 multiprocessors of an H200 hold at once, 33 MiB, fit its 50 MiB. Rows of one tile stay within reach anyway.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from cot_kernels.backends.triton.gradient import gradient_of_rows, write_tile
+from cot_kernels.backends.triton.objectives import cross_entropy
+from cot_kernels.backends.triton.statistics import read_row, read_rows, row_values
+from cot_kernels.backends.triton.tiles import LN2, hint, load_target_logits, load_targets, misalignment, step_back
+
+
+@triton.jit
+def value_and_gradient_kernel(
+    logits_pointer,  # [N, K]; overwritten where there is a gradient to form
+    target_pointer,
+    upstream_pointer,  # [N], read where given: the derivative of a scalar by each row's loss
+    values_pointer,  # [3, N]: loss, cross-entropy, negentropy
+    num_rows,
+    num_classes,
+    stride_n,
+    upstream_stride,
+    ignore_index,
+    scale: tl.float64,
+    parameter: tl.float64,
+    exponent: tl.float64,
+    OBJECTIVE: tl.constexpr,
+    HAS_UPSTREAM: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """ROWS rows: their values, and their gradient in place of their logits."""
+    BLOCK: tl.constexpr = LANES * VEC
+    block = tl.program_id(0).to(tl.int64)
+    num_rows = tl.cast(num_rows, tl.int64)
+    rows = block * ROWS + tl.arange(0, ROWS)
+    inside = rows < num_rows
+    target, wanted, stray = load_targets(target_pointer, rows, num_rows, num_classes, ignore_index)
+    dtype: tl.constexpr = tl.float64 if logits_pointer.dtype.element_ty == tl.float64 else tl.float32
+    target_logit = load_target_logits(logits_pointer, rows, target, wanted, 1, stride_n, 1, 0, dtype)
+
+    if ROWS == 1:
+        one_target, one_wanted, _ = load_targets(target_pointer, block, num_rows, num_classes, ignore_index)
+        base = logits_pointer + block * stride_n
+        head = misalignment(base, ALIGN)
+        aligned = step_back(base, head, ALIGN)
+        tiles = tl.cdiv(num_classes + head, BLOCK)
+        read = tl.where(one_wanted, tiles, 0)
+        shift, total, moment = read_row(
+            aligned, head, one_target, 0, read, num_classes, dtype, LANES, VEC, "evict_last" if GRADIENT else ""
+        )
+    else:
+        base = logits_pointer + rows * hint(stride_n, ALIGN)
+        shift, total, moment = read_rows(base, target, wanted, num_classes, 1, dtype, ROWS, LANES, VEC, ALIGN)
+
+    # Of an ignored row nothing was read: its negentropy is 0.
+    log_total, negentropy, log_odds, _ = row_values(target_logit, shift, total, moment)
+    loss, d_log_odds, d_negentropy = OBJECTIVE(
+        log_odds,
+        negentropy,
+        tl.full([ROWS], scale, dtype),
+        tl.full([ROWS], parameter, dtype),
+        tl.full([ROWS], exponent, dtype),
+    )
+    likelihood, _, _ = cross_entropy(log_odds, negentropy, tl.full([ROWS], 1.0, dtype), tl.full([ROWS], 0.0, dtype), 0)
+    nan = float("nan")
+    place = values_pointer + rows
+    tl.store(place, tl.where(stray, nan, tl.where(wanted, loss, 0.0)), mask=inside)
+    tl.store(place + num_rows, tl.where(stray, nan, tl.where(wanted, likelihood, 0.0)), mask=inside)
+    tl.store(place + 2 * num_rows, tl.where(stray, nan, negentropy), mask=inside)
+
+    if GRADIENT:
+        # From here on logits are lost: every thread must have read its own, and that of the target.
+        tl.debug_barrier()
+        upstream = tl.full([ROWS], 1.0, dtype)
+        if HAS_UPSTREAM:
+            upstream = tl.load(upstream_pointer + rows * upstream_stride, mask=wanted, other=0.0).to(dtype)
+        slope = d_negentropy * LN2 * upstream
+        offset = tl.where(stray, nan, d_negentropy * negentropy - d_log_odds) * upstream
+        at_target = -d_log_odds * upstream
+        if ROWS == 1:
+            one_shift = tl.sum(shift, 0)
+            one_log_total = tl.where(one_wanted, tl.sum(log_total, 0), float("inf"))
+            one_slope = tl.sum(slope, 0)
+            one_offset = tl.sum(offset, 0)
+            one_at_target = tl.sum(at_target, 0)
+            for turn in range(tiles):
+                tile = tiles - 1 - turn
+                pointers = aligned + tile * BLOCK
+                write_tile(
+                    pointers, pointers, tile * BLOCK - head, one_target, num_classes,
+                    one_shift, one_log_total, one_slope, one_offset, one_at_target, BLOCK, "evict_first",
+                )  # fmt: skip
+        else:
+            for start in range(0, num_classes, BLOCK):
+                classes = start + tl.arange(0, BLOCK)
+                within = (classes < hint(num_classes, ALIGN))[None, :]
+                pointers = base[:, None] + classes[None, :].to(tl.int64)
+                z = tl.load(pointers, mask=wanted[:, None] & within, other=0.0).to(dtype)
+                grad = gradient_of_rows(z, classes, target, wanted, shift, log_total, slope, offset, at_target)
+                tl.store(pointers, grad.to(logits_pointer.dtype.element_ty), mask=inside[:, None] & within)
