@@ -208,7 +208,10 @@ def source_of(variant: Variant) -> tuple[ASTSource, dict[str, int]]:
         ]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    return ASTSource(kernel, types, constexprs, attributes), {"num_warps": warps}
+    options = {"num_warps": warps}
+    if variant.kernel == "gradient" and tile_of(variant)[1].rows == 1 and not variant.target.startswith("gfx"):
+        options["maxnreg"] = launch.GRADIENT_REGISTERS
+    return ASTSource(kernel, types, constexprs, attributes), options
 
 
 def _sass_tool(name: str) -> str:

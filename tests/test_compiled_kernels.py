@@ -67,10 +67,10 @@ def test_offsets_into_the_state_are_64_bits_wide(reports: list[dict[str, Any]]) 
     assert [report for report in reports if report["narrow_offsets"]] == []
 
 
-# Executed instructions a logit in bf16, of rows that have a program to themselves: the forward pass over a turn of its
-# loop, the backward pass from entry to exit, both in one over a turn of both loops. Beyond 15, 31 and 31, issue slots
-# and not memory would bound an H200.
-BUDGETS = {"statistics": 11, "gradient": 17, "value_and_gradient": 22}
+# Executed instructions a logit in bf16 over a turn of the main loop, or loops, of long rows. Beyond 15, 31 and 31
+# issue slots and not memory would bound an H200. And registers a thread: few let enough threads run to cover latency.
+BUDGETS = {"statistics": 11, "gradient": 11, "value_and_gradient": 22}
+REGISTERS = {"statistics": 64, "gradient": 64, "value_and_gradient": 80}
 PASSES = {"statistics": 1, "gradient": 1, "value_and_gradient": 2}
 
 
@@ -88,6 +88,7 @@ def test_instructions_a_logit(reports: list[dict[str, Any]]) -> None:
     for report in streaming:
         kernel = report["variant"]["kernel"]
         passes = PASSES[kernel]
-        assert passes < report["special_per_logit"] < passes + 0.5, report  # one exponential a logit and little else
-        assert report["in_loop"] == (kernel != "gradient"), report
+        assert passes <= report["special_per_logit"] < passes + 0.5, report  # one exponential a logit and little else
+        assert report["in_loop"], report
+        assert report["registers"] <= REGISTERS[kernel], report
         assert 4 < report["executed_per_logit"] <= BUDGETS[kernel], report

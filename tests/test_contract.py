@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import cot_kernels
 from cot_kernels.backends import aten
+from cot_kernels.backends.triton import launch
 from cot_kernels.functional import _as_rows
 
 
@@ -490,6 +491,25 @@ def test_two_classes(device: torch.device) -> None:
     assert loss.abs().max().item() < 1e-30 and gradient.abs().max().item() < 1e-30
     with pytest.raises(ValueError, match=r"normalization='entropy' divides by ln\(K - 1\)"):
         cot_kernels.complement_cross_entropy(logits, target, normalization="entropy")
+
+
+@pytest.mark.parametrize("device", [pytest.param("triton", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize("turns", [1, 2, 3, 4])
+@pytest.mark.parametrize("classes", [4096, 20001])
+def test_tiles_that_one_program_takes_in_turn(
+    turns: int, classes: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "choose_turns", lambda *sizes: turns)
+    logits, target = draw(3, classes, None)
+    target[1] = -100
+    leaf = logits.float().to(device).requires_grad_()
+    loss = cot_kernels.complement_entropy(leaf, target.to(device))
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    kept = logits[::2].requires_grad_()
+    true = oracle_loss(kept, target[::2])
+    assert loss.item() == pytest.approx(true.item(), abs=1e-7)
+    assert relative_error(gradient[::2], torch.autograd.grad(true, kept)[0]) < 2e-6
+    assert not gradient[1].any()
 
 
 def test_many_rows_and_many_classes(device: torch.device) -> None:

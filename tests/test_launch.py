@@ -65,3 +65,13 @@ def test_splits(rows: int, tiles: int) -> None:
     splits = launch.choose_splits(rows, tiles, 132)
     assert 1 <= splits <= tiles
     assert splits == 1 if rows * 2 > 4 * 132 else splits * rows <= 4 * 132
+
+
+@pytest.mark.parametrize("rows", [1, 64, 10**4])
+@pytest.mark.parametrize("tiles", [1, 3, 1000])
+def test_turns(rows: int, tiles: int) -> None:
+    """Programs take several tiles in turn only where that leaves twice as many as keep a GPU busy."""
+    turns = launch.choose_turns(rows, tiles, 132)
+    assert 1 <= turns <= 4
+    assert turns == 1 or rows * tiles // turns >= 8 * 132
+    assert turns == 4 or rows * tiles < 5 * 8 * 132

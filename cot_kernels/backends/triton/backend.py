@@ -141,6 +141,11 @@ def loss(
     return result, (flat_target, state, factor if reduction == "mean" else None)
 
 
+def _register_limit(tile: launch.Tile) -> dict[str, int]:
+    """An option of NVIDIA's compiler alone."""
+    return {"maxnreg": launch.GRADIENT_REGISTERS} if tile.rows == 1 and torch.version.hip is None else {}
+
+
 def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None = None) -> Tensor:
     """``upstream * dl/dz`` in the dtype of the logits; ``upstream`` is shaped like the loss.
 
@@ -156,17 +161,19 @@ def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None
     upstream = upstream.resolve_neg().reshape(-1)  # a view of any scalar or expanded upstream
     tile = _tile(logits, grad)
     tiles = triton.cdiv(num_classes + (tile.align - 1 if tile.rows == 1 else 0), tile.block)
+    turns = launch.choose_turns(num_rows, tiles, _multiprocessors(logits.device)) if tile.rows == 1 else 1
     inner, *strides = _strides(logits)
     with _on_device_of(logits):
-        gradient_kernel[(triton.cdiv(num_rows, tile.rows) * tiles,)](
+        gradient_kernel[(triton.cdiv(num_rows, tile.rows) * triton.cdiv(tiles, turns),)](
             logits, target, state, upstream, upstream if factor is None else factor, grad,
             num_rows, num_classes, inner, *strides, *_strides(grad)[1:],
-            upstream.stride(0) if upstream.numel() == num_rows and num_rows > 1 else 0, tiles,
+            upstream.stride(0) if upstream.numel() == num_rows and num_rows > 1 else 0, tiles, turns,
             HAS_FACTOR=factor is not None,
             ROWS=tile.rows,
             BLOCK=tile.block,
             ALIGN=tile.align,
             num_warps=tile.warps,
+            **_register_limit(tile),
         )  # fmt: skip
     return grad
 

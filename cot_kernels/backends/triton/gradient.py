@@ -86,16 +86,18 @@ def gradient_kernel(
     grad_stride_d,
     upstream_stride,
     tiles,
+    turns,
     HAS_FACTOR: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """The gradient of ROWS rows of one tile of BLOCK classes."""
+    """The gradient of ``turns`` tiles of BLOCK classes of one row, or of one tile of ROWS rows."""
     program = tl.program_id(0).to(tl.int64)
-    block = program // tiles
+    shares = tl.cdiv(tiles, turns)  # programs to a row
+    block = program // shares
     num_rows = tl.cast(num_rows, tl.int64)  # 5 N entries of state pass 2^31
-    tile = (program - block * tiles).to(tl.int32)
+    first = (program - block * shares).to(tl.int32) * turns
     dtype: tl.constexpr = state_pointer.dtype.element_ty
 
     if ROWS == 1:
@@ -114,13 +116,14 @@ def gradient_kernel(
         base = row_pointers(logits_pointer, row, inner, stride_n, stride_d)
         grad_base = row_pointers(grad_pointer, row, inner, grad_stride_n, grad_stride_d)
         head = misalignment(base, ALIGN)
-        start = tile * BLOCK - head
-        pointers = step_back(base, head, ALIGN) + tile * BLOCK
-        grad_pointers = step_back(grad_base, head, ALIGN) + tile * BLOCK
-        write_tile(
-            pointers, grad_pointers, start, target, num_classes,
-            shift, log_total, slope, offset, at_target, BLOCK, "",
-        )  # fmt: skip
+        aligned = step_back(base, head, ALIGN)
+        grad_aligned = step_back(grad_base, head, ALIGN)
+        for tile in range(first, tl.minimum(first + turns, tiles)):
+            place = tile * BLOCK
+            write_tile(
+                aligned + place, grad_aligned + place, place - head, target, num_classes,
+                shift, log_total, slope, offset, at_target, BLOCK, "",
+            )  # fmt: skip
     else:
         rows = block * ROWS + tl.arange(0, ROWS)
         inside = rows < num_rows
@@ -136,7 +139,7 @@ def gradient_kernel(
         offset = tl.load(state + 3 * num_rows, mask=wanted, other=0.0) * upstream
         at_target = tl.load(state + 4 * num_rows, mask=wanted, other=0.0) * upstream
 
-        classes = tile * BLOCK + tl.arange(0, BLOCK)
+        classes = first * BLOCK + tl.arange(0, BLOCK)
         within = (classes < hint(num_classes, ALIGN))[None, :]
         base = row_pointers(logits_pointer, rows, inner, hint(stride_n, ALIGN), stride_d)
         pointers = base[:, None] + classes[None, :].to(tl.int64) * stride_k

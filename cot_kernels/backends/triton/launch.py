@@ -10,6 +10,10 @@ SHORT_ROW = 1024
 # Programs to keep every multiprocessor busy: with fewer rows than this many a multiprocessor, rows are split.
 PROGRAMS_PER_MULTIPROCESSOR = 4
 
+# Registers of a thread of the gradient kernel for long rows: 64 let four programs of 256 threads, or eight of 128,
+# share a multiprocessor, which then has 32 KiB of logits under way. Left alone the compiler takes up to 128.
+GRADIENT_REGISTERS = 64
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -65,3 +69,8 @@ def choose_splits(num_rows: int, tiles: int, multiprocessors: int) -> int:
     if num_rows * 2 > wanted:
         return 1
     return max(1, min(tiles, wanted // num_rows))
+
+
+def choose_turns(num_rows: int, tiles: int, multiprocessors: int) -> int:
+    """Tiles of one row that a program takes in turn: several save instructions, where enough programs are left."""
+    return max(1, min(4, num_rows * tiles // (multiprocessors * 2 * PROGRAMS_PER_MULTIPROCESSOR)))
