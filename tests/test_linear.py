@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -308,6 +309,49 @@ def test_activation_checkpointing(reentrant: bool) -> None:
     value = loss(input, weight, target, bias)
     value.backward()
     torch.testing.assert_close((value, tuple(each.grad for each in leaves)), expected)
+
+
+class LanguageModel(nn.Module):
+    """An embedding that is the projection as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(37, 8)
+        self.mix = nn.Linear(8, 8)
+        self.double()
+
+    def forward(self, words: Tensor, target: Tensor, fuse: bool) -> Tensor:
+        hidden = self.mix(self.embedding(words)).tanh()
+        loss = (fused if fuse else unfused)("complement cross-entropy")(hidden, self.embedding.weight, target)
+        assert isinstance(loss, Tensor)
+        return loss
+
+
+def batch_of(rank: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    words, target = (torch.randint(37, (9,), generator=generator) for _ in range(2))
+    target[2:6:2] = -100  # as many on every rank: DistributedDataParallel averages the ranks' means
+    return words, target
+
+
+def _rank(rank: int, meeting_point: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=2)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(LanguageModel())
+        parallel(*batch_of(rank), fuse=True).backward()
+        alone = LanguageModel()
+        alone(*(torch.cat(each) for each in zip(batch_of(0), batch_of(1), strict=True)), fuse=False).backward()
+        for got, expected in zip(parallel.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(got.grad, expected.grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed support")
+def test_distributed_data_parallel(tmp_path: Path) -> None:
+    """The gradients of two processes are those of one with both batches; the weight is tied."""
+    torch.multiprocessing.spawn(_rank, args=(f"file://{tmp_path}/meeting_point",), nprocs=2)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
