@@ -323,9 +323,9 @@ def value_and_gradient(
         _block_shape(logits, dtype, 2 * BLOCK_BYTES), logits, index, target_logit, floor, scale, *values.unbind()
     ):
         buffers = buffers or logits.new_empty((2 + (logits.dtype != dtype), *rows.shape), dtype=dtype).unbind()
-        d, weights, *products = _fit(buffers, rows)
-        product = products[0] if products else rows
-        shift = _exponentials(d.copy_(rows) if products else rows, g, below, d, weights)
+        weights, product, *converted = _fit(buffers, rows)
+        d = converted[0].copy_(rows) if converted else rows  # in place: a third buffer would not fit the cache
+        shift = _exponentials(d, g, below, d, weights)
         total, moment = weights.sum(1, True), torch.mul(d, weights, out=product).sum(1, True)
         # A block holds a few long rows: on them NumPy's operations take a third of the time.
         m, s, t, at_g = (each.numpy(force=True) for each in (shift, total, moment, z_g))
@@ -336,9 +336,9 @@ def value_and_gradient(
             place.copy_(value)
         if wanted:
             slope, offset, at_target = coefficients if upstream is None else (each * factor for each in coefficients)
-            torch.mul(weights, d.mul_(slope).add_(offset), out=product).scatter_(1, g, at_target)
-            if products:
-                rows.copy_(product)
+            d.mul_(slope).add_(offset).mul_(weights).scatter_(1, g, at_target)
+            if converted:
+                rows.copy_(d)
     if ignored is not None:
         values.masked_fill_(ignored, 0)
         if wanted:
