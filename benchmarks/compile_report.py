@@ -23,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.bounds import GPUS, Prediction, predict, programs_at_once
 from benchmarks.sass import Program
 from cot_kernels.backends.triton import gradient, launch, objectives, statistics, value_and_gradient
 
@@ -62,8 +63,10 @@ LAYOUTS = (
 )
 
 
-# The kernels whose work grows with the classes.
-STREAMING = ("statistics", "gradient", "value_and_gradient")
+# The kernels whose work grows with the classes, and how often they move a logit from or to device memory: reading it,
+# reading it and writing its gradient. The second read of value_and_gradient is from the L2 cache.
+MOVED = {"statistics": 1, "gradient": 2, "value_and_gradient": 2}
+STREAMING = tuple(MOVED)
 
 # How the logits of a chunk lie, which the package has laid out itself: every row begins on a boundary.
 PRIVATE = ("short", "medium", "long")
@@ -98,6 +101,11 @@ class Report:
     executed_per_logit: float | None = None  # instructions on the usual way, see :mod:`.sass`
     special_per_logit: float | None = None  # of them by the special function unit
     in_loop: bool | None = None  # counted over a turn of the main loop, or from entry to exit
+    shared_bytes: int = 0
+    occupancy: float | None = None  # share of the warps that a multiprocessor can hold
+    bytes_in_flight: int | None = None  # of one multiprocessor: what its threads load in one turn
+    bytes_per_logit: float | None = None  # of device memory
+    predicted: tuple[Prediction, ...] = ()  # see :mod:`.bounds`
 
 
 def variants() -> Iterator[Variant]:
@@ -273,17 +281,26 @@ def report_on(variant: Variant) -> Report:
         sass = subprocess.run(
             [_sass_tool("nvdisasm"), "-c", cubin.name], capture_output=True, text=True, check=True
         ).stdout
-    executed: dict[str, Any] = {}
+    resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    shared, warps = compiled.metadata.shared, options["num_warps"]
+    programs = programs_at_once(variant.target, resources["REG"], warps, shared)
+    executed: dict[str, Any] = {"shared_bytes": shared, "occupancy": programs * warps / 64}
     if variant.kernel in STREAMING and variant.dtype != "fp64":  # exp2 of a float64 is a subroutine
         tile = tile_of(variant)[1]
         logits = tile.rows * tile.block // (32 * tile.warps)
         path = Program.parse(sass).usual_path(logits, loops=2 if variant.kernel == "value_and_gradient" else 1)
-        executed = {
-            "executed_per_logit": round(path.instructions / logits, 2),
-            "special_per_logit": round(path.special / logits, 2),
+        instructions, special = round(path.instructions / logits, 2), round(path.special / logits, 2)
+        moved = DTYPES[variant.dtype] * MOVED[variant.kernel]
+        executed |= {
+            "executed_per_logit": instructions,
+            "special_per_logit": special,
             "in_loop": path.in_loop,
+            "bytes_in_flight": programs * 32 * warps * logits * DTYPES[variant.dtype],
+            "bytes_per_logit": moved,
+            "predicted": tuple(
+                predict(gpu, moved, instructions, special) for gpu in GPUS if gpu.target == variant.target
+            ),
         }
-    resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     local = sum(_accesses(sass, "LDL").values()) + sum(_accesses(sass, "STL").values())
     return Report(
         variant,

@@ -102,24 +102,41 @@ def margin_table(headings: list[str], cells: Callable[[dict[str, Any]], list[str
     return "\n".join([*lines, "", f"{about['cpu']}, torch {about['torch']}; `benchmarks/results/numerics.json`."])
 
 
-def kernel_table() -> str:
-    """The streaming variants of benchmarks/compile_report.py."""
+def streaming_reports() -> list[dict[str, Any]]:
+    """Of benchmarks/compile_report.py: long rows, and of the losses complement_entropy."""
+
+    def listed(about: dict[str, Any]) -> bool:
+        usual = about["reduces"] and about["objective"] == "complement_entropy" and not about["split"]
+        return about["layout"] == "long" and (usual or about["kernel"] == "value_and_gradient")
+
     reports = json.loads(KERNEL_RESULTS.read_text())
+    return [each for each in reports if listed(each["variant"]) and each["executed_per_logit"] is not None]
+
+
+def kernel_table() -> str:
     lines = [
-        "| kernel | target | logits | registers | executed a logit | special a logit |",
-        "|---|---|---|---:|---:|---:|",
+        "| kernel | target | logits | registers | occupancy | KiB under way | executed a logit | special a logit |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
     ]
-    for report in reports:
-        about = report["variant"]
-        listed = about["reduces"] and about["objective"] == "complement_entropy" and not about["split"]
-        if about["kernel"] == "value_and_gradient" or listed:
-            if about["layout"] != "long" or report["executed_per_logit"] is None:
-                continue
-            numbers = f"{report['executed_per_logit']:.1f} | {report['special_per_logit']:.2f}"
-            lines.append(
-                f"| {about['kernel']} | {about['target']} | {about['dtype']} | {report['registers']} | {numbers} |"
-            )
+    for report in streaming_reports():
+        variant = [report["variant"][key] for key in ("kernel", "target", "dtype")]
+        counts = f"{report['executed_per_logit']:.1f} | {report['special_per_logit']:.2f}"
+        residence = f"{report['registers']} | {100 * report['occupancy']:.0f} % | {report['bytes_in_flight'] >> 10}"
+        lines.append(f"| {' | '.join(variant)} | {residence} | {counts} |")
     return "\n".join([*lines, "", "`benchmarks/results/compile_report.json`."])
+
+
+def prediction_table() -> str:
+    """What bounds each kernel in bfloat16; see benchmarks/bounds.py."""
+    lines = ["| kernel | GPU | bound | share of copy bandwidth | headroom |", "|---|---|---|---:|---:|"]
+    for report in streaming_reports():
+        if report["variant"]["dtype"] == "bf16":
+            lines += [
+                f"| {report['variant']['kernel']} | {each['gpu']} | {each['bound']} | {100 * each['share']:.0f} % "
+                f"| {each['headroom']:.1f} |"
+                for each in report["predicted"]
+            ]
+    return "\n".join(lines)
 
 
 def short(value: float | None) -> str:
@@ -153,7 +170,7 @@ def fill(text: str, name: str, content: str) -> str:
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"cpu": partial(ratio_table, CPU_RESULTS), "demo": demo_table},
     ROOT / "docs" / "pytorch.md": {"dispatch": partial(ratio_table, DISPATCH_RESULTS)},
-    ROOT / "docs" / "kernels.md": {"kernels": kernel_table},
+    ROOT / "docs" / "kernels.md": {"kernels": kernel_table, "predictions": prediction_table},
     ROOT / "docs" / "linear.md": {"linear": linear_table},
     ROOT / "docs" / "training.md": {"training": training_table},
     ROOT / "docs" / "numerics.md": {"float32": float32_table, "half": half_table, "eps": eps_table},

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.bounds import GPUS
+
 ROOT = Path(__file__).parents[1]
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 
@@ -91,4 +93,9 @@ def test_instructions_a_logit(reports: list[dict[str, Any]]) -> None:
         assert passes <= report["special_per_logit"] < passes + 0.5, report  # one exponential a logit and little else
         assert report["in_loop"], report
         assert report["registers"] <= REGISTERS[kernel], report
+        for prediction in report["predicted"]:
+            gpu = next(each for each in GPUS if each.name == prediction["gpu"])
+            assert prediction["bound"] == "bytes", report
+            reads = 2 / report["bytes_per_logit"]  # nothing waits for a store
+            assert report["bytes_in_flight"] >= reads * gpu.bytes_to_cover_latency, (gpu, report)
         assert 4 < report["executed_per_logit"] <= BUDGETS[kernel], report

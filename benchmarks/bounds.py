@@ -1,0 +1,83 @@
+"""What bounds a streaming kernel on a GPU, from what was counted in its machine code. Predictions, not measurements.
+
+A logit costs three times, of which the longest bounds the kernel: its bytes at the bandwidth of a copy, its
+instructions at the rate the schedulers issue them, and its exponentials and the like at the rate of the special function
+units. That holds while enough bytes are under way to cover the latency of memory (Little's law).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Of the bandwidth in a datasheet, what a large copy reaches: a rule of thumb. To be replaced by a measurement.
+COPY_SHARE = 0.9
+
+# Seconds from a load to its data under load: a rule of thumb for recent NVIDIA GPUs.
+LATENCY = 700e-9
+
+_WARP = 32
+_SCHEDULERS = 4  # of a multiprocessor, each issuing one instruction of a warp a cycle
+_SPECIAL_LANES = 16  # special functions a multiprocessor starts a cycle
+_REGISTERS = 65536  # of a multiprocessor, given out 256 at a time a warp
+_WARPS = 64
+_PROGRAMS = 32
+_SHARED_BYTES = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
+_SHARED_RESERVED = 1 << 10  # a program
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Datasheet figures of the SXM part; the clock is the highest."""
+
+    name: str
+    target: str
+    multiprocessors: int
+    hertz: float
+    bytes_per_second: float
+
+    @property
+    def copy_bandwidth(self) -> float:
+        return COPY_SHARE * self.bytes_per_second
+
+    @property
+    def bytes_to_cover_latency(self) -> float:
+        """Bytes that a multiprocessor must have under way."""
+        return self.copy_bandwidth * LATENCY / self.multiprocessors
+
+
+GPUS = (
+    Gpu("A100", "sm_80", 108, 1.41e9, 2.04e12),
+    Gpu("H100", "sm_90", 132, 1.98e9, 3.35e12),
+    Gpu("H200", "sm_90", 132, 1.98e9, 4.8e12),
+    Gpu("B200", "sm_100", 148, 1.965e9, 8e12),
+)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    gpu: str
+    bound: str  # "bytes", "issue slots" or "special functions"
+    share: float  # of the bandwidth of a copy
+    headroom: float  # time of the bytes over that of the next longest
+
+
+def predict(gpu: Gpu, bytes_per_logit: float, instructions: float, special: float) -> Prediction:
+    """From what one logit takes of each."""
+    cycles = gpu.multiprocessors * gpu.hertz
+    times = {
+        "bytes": bytes_per_logit / gpu.copy_bandwidth,
+        "issue slots": instructions / (cycles * _SCHEDULERS * _WARP),
+        "special functions": special / (cycles * _SPECIAL_LANES),
+    }
+    bound = max(times, key=times.__getitem__)
+    beside = max(times["issue slots"], times["special functions"])
+    return Prediction(gpu.name, bound, times["bytes"] / times[bound], times["bytes"] / beside)
+
+
+def programs_at_once(target: str, registers: int, warps: int, shared_bytes: int) -> int:
+    """Programs that share one multiprocessor."""
+    a_warp = -(-registers * _WARP // 256) * 256
+    fitting = [_REGISTERS // (a_warp * warps), _WARPS // warps, _PROGRAMS]
+    if shared_bytes:
+        fitting.append(_SHARED_BYTES[target] // (shared_bytes + _SHARED_RESERVED))
+    return min(fitting)
