@@ -1,8 +1,8 @@
 """What bounds a streaming kernel on a GPU, from what was counted in its machine code. Predictions, not measurements.
 
 A logit costs three times, of which the longest bounds the kernel: its bytes at the bandwidth of a copy, its
-instructions at the rate the schedulers issue them, and its exponentials and the like at the rate of the special function
-units. That holds while enough bytes are under way to cover the latency of memory (Little's law).
+instructions at the rate the schedulers issue them, and its exponentials and the like at the rate of the special
+function units. That holds while enough bytes are under way to cover the latency of memory (Little's law).
 """
 
 from __future__ import annotations
