@@ -322,11 +322,12 @@ def value_and_gradient(
     for rows, g, z_g, below, factor, *kept in _blocks(
         _block_shape(logits, dtype, 2 * BLOCK_BYTES), logits, index, target_logit, floor, scale, *values.unbind()
     ):
-        buffers = buffers or logits.new_empty((2 + (logits.dtype != dtype), *rows.shape), dtype=dtype).unbind()
-        weights, product, *converted = _fit(buffers, rows)
-        d = converted[0].copy_(rows) if converted else rows  # in place: a third buffer would not fit the cache
+        buffers = buffers or logits.new_empty((1 + (logits.dtype != dtype), *rows.shape), dtype=dtype).unbind()
+        weights, *converted = _fit(buffers, rows)
+        # In place, and the gradient as w d A + w B, not w (d A + B): a third buffer would not fit the cache.
+        d = converted[0].copy_(rows) if converted else rows
         shift = _exponentials(d, g, below, d, weights)
-        total, moment = weights.sum(1, True), torch.mul(d, weights, out=product).sum(1, True)
+        total, moment = weights.sum(1, True), d.mul_(weights).sum(1, True)
         # A block holds a few long rows: on them NumPy's operations take a third of the time.
         m, s, t, at_g = (each.numpy(force=True) for each in (shift, total, moment, z_g))
         with np.errstate(all="ignore"):
@@ -336,7 +337,7 @@ def value_and_gradient(
             place.copy_(value)
         if wanted:
             slope, offset, at_target = coefficients if upstream is None else (each * factor for each in coefficients)
-            d.mul_(slope).add_(offset).mul_(weights).scatter_(1, g, at_target)
+            d.mul_(slope).add_(weights.mul_(offset)).scatter_(1, g, at_target)
             if converted:
                 rows.copy_(d)
     if ignored is not None:
