@@ -50,8 +50,8 @@ def fill(device: torch.device) -> Iterator[Callable[[bool], None]]:
 @pytest.fixture(autouse=True)
 def unsplit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows stay whole where there are many of them; two must do here."""
-    if "not split" in request.node.callspec.params["name"]:
-        monkeypatch.setattr(launch, "PROGRAMS_PER_MULTIPROCESSOR", 0)
+    if "not split" in request.node.callspec.params.get("name", "not split"):
+        monkeypatch.setattr(launch, "choose_splits", lambda *sizes: 1)
 
 
 def problem(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -99,4 +99,26 @@ def test_statistics(name: str, dtype: torch.dtype, device: torch.device, fill: C
         values = cot_kernels.complement_statistics(leaf, target)
         gradient = torch.autograd.grad(values, leaf, [torch.ones_like(value) for value in values])[0]
         found.append([bits(each) for each in (*values, gradient)])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("classes", [9, 1031])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_losses(
+    reduction: str, classes: int, dtype: torch.dtype, device: torch.device, fill: Callable[[bool], None]
+) -> None:
+    """In chunks, and rows of an odd number of classes, whose buffer is wider than they are."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator).to(dtype).to(device) for shape in ((5, 8), (classes, 8))]
+    target = torch.tensor([1, -100, 0, 8, 2], device=device)
+    found = []
+    for on in (False, True):
+        fill(on)
+        leaves = [each.clone().requires_grad_() for each in tensors]
+        loss, parts, _ = cot_kernels.linear_complement_entropy(
+            *leaves, target, reduction=reduction, memory_budget=2 * classes * dtype.itemsize, return_parts=True
+        )
+        gradients = torch.autograd.grad(loss, leaves, torch.ones_like(loss))
+        found.append([bits(each) for each in (loss, parts, *gradients)])
     assert found[0] == found[1]

@@ -22,7 +22,7 @@ each_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda eac
 def sharing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether long rows, which are few here, are split among programs as they would be, or have one each."""
     if request.param == "whole":
-        monkeypatch.setattr(launch, "PROGRAMS_PER_MULTIPROCESSOR", 0)
+        monkeypatch.setattr(launch, "choose_splits", lambda *sizes: 1)
 
 
 on_triton = [pytest.param("triton", sharing, marks=pytest.mark.gpu) for sharing in ("whole", "split")]
