@@ -212,8 +212,8 @@ def loss(
     count = index.numel() if ignored is None else ignored.numel() - int(ignored.sum())
     if reduction == "mean" and count:
         objective = objective.scaled(1 / count)
-    if 0 < logits.numel() <= FEW_ELEMENTS and logits.device.type == "cpu":
-        row_loss, grad = few.value_and_gradient(logits, index, objective, FLOOR)
+    if 0 < logits.numel() <= FEW_ELEMENTS and logits.is_cpu:
+        row_loss, grad = few.value_and_gradient(logits, index, target_logit, objective, FLOOR)
         return _reduce(row_loss, ignored, count, reduction), (grad, ignored)
     row_loss, shift, coefficients = _many(logits, index, target_logit, objective)
     return _reduce(row_loss, ignored, count, reduction), (index, ignored, shift, coefficients)

@@ -19,15 +19,6 @@ if TYPE_CHECKING:
     from cot_kernels.objectives import Objective
 
 
-def _places(index: Any, num_classes: int) -> Any:
-    """Where the target logits lie in contiguous logits, (N, 1) or (N, 1, D) like the index."""
-    if index.ndim == 2:
-        return index + np.arange(0, len(index) * num_classes, num_classes)[:, None]
-    inner = index.shape[2]
-    first = np.arange(0, len(index) * num_classes * inner, num_classes * inner)
-    return index * inner + first[:, None, None] + np.arange(inner)
-
-
 class Finished(NamedTuple):
     """From the sums of rows to their losses, each of the shape of the sums."""
 
@@ -41,8 +32,8 @@ class Finished(NamedTuple):
 
 def finish(objective: Objective, shift: Any, total: Any, moment: Any, target_logit: Any, floor: float) -> Finished:
     """Losses and coefficients of rows with m, s and t, arrays that are changed."""
-    empty = shift <= floor  # no class above the floor: empty sums, and b = -inf within rounding
-    if np.logical_or.reduce(empty, None):
+    if _some_empty(shift, floor):  # no class above the floor: empty sums, and b = -inf within rounding
+        empty = shift <= floor
         total[empty], moment[empty] = 1, 0
     log_total = np.log(total)
     moment /= total
@@ -54,33 +45,49 @@ def finish(objective: Objective, shift: Any, total: Any, moment: Any, target_log
     return Finished(loss, log_odds, negentropy, slope, offset, -d_log_odds)
 
 
-def value_and_gradient(logits: Tensor, index: Tensor, objective: Objective, floor: float) -> tuple[Tensor, Tensor]:
+def _some_empty(shift: Any, floor: float) -> bool:
+    return bool(np.fmin.reduce(shift, None) <= floor)  # NaN passes by
+
+
+def value_and_gradient(
+    logits: Tensor, index: Tensor, target_logit: Tensor, objective: Objective, floor: float
+) -> tuple[Tensor, Tensor]:
     """Row losses, shaped like the index, and the gradient of their sum.
 
     Args:
         logits: (N, K) or (N, K, D) on the CPU, not empty, any strides.
         index: the target of each row, (N, 1) or (N, 1, D), within [0, K).
+        target_logit: the logit of each target, shaped like the index.
         floor: a logit at or below it has probability zero.
 
     Returns:
         Both in the accumulation dtype: in half precision the gradient could underflow before it is scaled.
     """
-    z = logits.to(accumulation_dtype(logits.dtype)).numpy(force=True)
-    at = _places(index.numpy(), z.shape[1])
+    z = logits.to(accumulation_dtype(logits.dtype)).numpy(force=True).swapaxes(0, 1)  # classes first
+    num_classes, num_rows = len(z), index.numel()
+    # NumPy reduces short rows slowly: of many short rows, the same class of all rows lies together.
+    together = num_rows >= num_classes
+    flat = np.empty((num_classes, num_rows) if together else (num_rows, num_classes), z.dtype)
+    d = flat if together else flat.T
+    of_row, of_class = (1, num_rows) if together else (num_classes, 1)
+    at = index.numpy().reshape(-1) * of_class
+    at += np.arange(0, num_rows * of_row, of_row)
     with np.errstate(all="ignore"):
-        d = np.maximum(z, z.dtype.type(floor), order="C")
-        d.put(at, floor)
-        shift = torch.from_numpy(d).amax(1, True).numpy()  # NumPy's takes three times as long
+        np.maximum(z, z.dtype.type(floor), out=d.reshape(z.shape))
+        flat.put(at, floor)
+        # NumPy's maximum along rows takes three times as long as PyTorch's.
+        shift = np.maximum.reduce(d, 0) if together else torch.from_numpy(flat).amax(1).numpy()
         d -= shift
         weights = np.exp(d)
-        weights.put(at, 0)
-        total = np.add.reduce(weights, 1, keepdims=True)
-        if (shift <= floor).any():
+        if _some_empty(shift, floor):
             weights *= shift > floor
-        moment = np.add.reduce(d * weights, 1, keepdims=True)
-        rows = finish(objective, shift, total, moment, z.take(at), floor)
+        total = np.add.reduce(weights, 0)
+        moment = np.add.reduce(d * weights, 0)
+        z_g = target_logit.to(accumulation_dtype(logits.dtype)).numpy(force=True).reshape(-1)
+        rows = finish(objective, shift, total, moment, z_g, floor)
         d *= rows.slope
         d += rows.offset
         d *= weights
-        d.put(at, rows.at_target)
-    return torch.from_numpy(rows.loss), torch.from_numpy(d)
+        flat.put(at, rows.at_target)
+    grad = np.ascontiguousarray(d.reshape(z.shape).swapaxes(0, 1))
+    return torch.from_numpy(rows.loss.reshape(index.shape)), torch.from_numpy(grad)
