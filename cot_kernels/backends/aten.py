@@ -111,6 +111,11 @@ def _fit(buffers: tuple[Tensor, ...], block: Tensor) -> tuple[Tensor, ...]:
 
 
 def _statistics(logits: Tensor, index: Tensor, target_logit: Tensor) -> _Statistics:
+    return _finish(*_sums(logits, index), target_logit)
+
+
+def _sums(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """m, s and t, shaped like the index."""
     dtype = accumulation_dtype(logits.dtype)
     shift, total, moment = logits.new_empty((3, *index.shape), dtype=dtype).unbind()
     # Scattering from a tensor takes a quarter of the time of scattering a number.
@@ -124,7 +129,7 @@ def _statistics(logits: Tensor, index: Tensor, target_logit: Tensor) -> _Statist
         _exponentials(d.copy_(rows), target, below, d, weights, m)
         torch.sum(weights, 1, True, out=s)
         torch.sum(d.mul_(weights), 1, True, out=t)
-    return _finish(shift, total, moment, target_logit)
+    return shift, total, moment
 
 
 def _exponentials(
@@ -184,7 +189,11 @@ def _gradient(logits: Tensor, index: Tensor, ignored: Tensor | None, shift: Tens
 
 def _many(logits: Tensor, index: Tensor, target_logit: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses, and what the gradient of their sum needs: the shift, and the coefficients."""
-    rows = _statistics(logits, index, target_logit)
+    shift, total, moment = _sums(logits, index)
+    if 0 < index.numel() <= FEW_ELEMENTS and logits.is_cpu:
+        row_loss, coefficients = few.losses(objective, shift, total, moment, target_logit, FLOOR)
+        return row_loss, shift, coefficients
+    rows = _finish(shift, total, moment, target_logit)
     row_loss, d_log_odds, d_negentropy = objective.rows(rows.log_odds, rows.negentropy)
     return row_loss, rows.shift, _coefficients(rows.total, rows.mean, d_log_odds.neg(), d_log_odds, d_negentropy)
 

@@ -45,6 +45,17 @@ def finish(objective: Objective, shift: Any, total: Any, moment: Any, target_log
     return Finished(loss, log_odds, negentropy, slope, offset, -d_log_odds)
 
 
+def losses(
+    objective: Objective, shift: Tensor, total: Tensor, moment: Tensor, target_logit: Tensor, floor: float
+) -> tuple[Tensor, Tensor]:
+    """Row losses, and A, B and f_g stacked, from tensors on the CPU, of which the sums are changed."""
+    z_g = target_logit.to(shift.dtype).numpy(force=True)
+    with np.errstate(all="ignore"):
+        rows = finish(objective, shift.numpy(), total.numpy(), moment.numpy(), z_g, floor)
+        coefficients = np.stack((rows.slope, rows.offset, rows.at_target))
+    return torch.from_numpy(rows.loss), torch.from_numpy(coefficients)
+
+
 def _some_empty(shift: Any, floor: float) -> bool:
     return bool(np.fmin.reduce(shift, None) <= floor)  # NaN passes by
 
