@@ -24,6 +24,11 @@ _PROGRAMS = 32
 _SHARED_BYTES = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
 _SHARED_RESERVED = 1 << 10  # a program
 
+_GFX942_SIMDS = 4  # of a compute unit
+_GFX942_WARPS = 8  # of a SIMD, 64 lanes each
+_GFX942_REGISTERS = 512  # of a lane of a SIMD, given out 8 at a time
+_GFX942_SHARED_BYTES = 64 << 10
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -74,8 +79,19 @@ def predict(gpu: Gpu, bytes_per_logit: float, instructions: float, special: floa
     return Prediction(gpu.name, bound, times["bytes"] / times[bound], times["bytes"] / beside)
 
 
+def warps_at_most(target: str) -> int:
+    """Of one multiprocessor."""
+    return _GFX942_SIMDS * _GFX942_WARPS if target == "gfx942" else _WARPS
+
+
 def programs_at_once(target: str, registers: int, warps: int, shared_bytes: int) -> int:
-    """Programs that share one multiprocessor."""
+    """Programs that share one multiprocessor; on AMD, one compute unit."""
+    if target == "gfx942":
+        a_simd = min(_GFX942_WARPS, _GFX942_REGISTERS // (-(-registers // 8) * 8))
+        fitting = [_GFX942_SIMDS * a_simd // warps]
+        if shared_bytes:
+            fitting.append(_GFX942_SHARED_BYTES // shared_bytes)
+        return min(fitting)
     a_warp = -(-registers * _WARP // 256) * 256
     fitting = [_REGISTERS // (a_warp * warps), _WARPS // warps, _PROGRAMS]
     if shared_bytes:

@@ -1,8 +1,9 @@
 """What the compiler makes of every kernel variant, with no GPU: registers, stack, spills, access widths, instructions.
 
 ``python -m benchmarks.compile_report`` compiles the variants that the launch table chooses, for
-sm_80, sm_90, sm_100 and gfx942, reads the cubins with the disassembler that the triton wheel carries, and writes one
-JSON object a variant. It must run without TRITON_INTERPRET, which replaces the compiler.
+sm_80, sm_90, sm_100 and gfx942, reads the cubins with the disassembler that the triton wheel carries and AMD's
+assembly as it is, and writes one JSON object a variant. It must run without TRITON_INTERPRET, which replaces the
+compiler.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.bounds import GPUS, Prediction, predict, programs_at_once
-from benchmarks.sass import Program
+from benchmarks.bounds import GPUS, Prediction, predict, programs_at_once, warps_at_most
+from benchmarks.machine_code import Program, parse_gcn, parse_sass
 from cot_kernels.backends.triton import gradient, launch, objectives, statistics, value_and_gradient
 
 TARGETS = {
@@ -87,22 +88,23 @@ class Variant:
 
 @dataclass(frozen=True)
 class Report:
-    """What was read from a compiled variant; None where a target's toolchain does not tell."""
+    """What was read from a compiled variant; None where it is not counted."""
 
     variant: Variant
     wide_access_promised: bool
-    registers: int | None
-    stack_bytes: int | None
-    spill_bytes: int | None
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
     global_loads: dict[str, int]
     global_stores: dict[str, int]
     gap_operations: list[str] | None  # floating-point operations of the lines that subtract one shift from another
     narrow_offsets: int  # products of the number of rows in 32 bits
-    executed_per_logit: float | None = None  # instructions on the usual way, see :mod:`.sass`
+    executed_per_logit: float | None = None  # instructions on the usual way, see :mod:`.machine_code`
     special_per_logit: float | None = None  # of them by the special function unit
     in_loop: bool | None = None  # counted over a turn of the main loop, or from entry to exit
+    off_path: int | None = None  # instructions of the kernel beside it: the target's tile, the ends of a row, the rest
     shared_bytes: int = 0
-    occupancy: float | None = None  # share of the warps that a multiprocessor can hold
+    occupancy: float = 0.0  # share of the warps that a multiprocessor can hold
     bytes_in_flight: int | None = None  # of one multiprocessor: what its threads load in one turn
     bytes_per_logit: float | None = None  # of device memory
     predicted: tuple[Prediction, ...] = ()  # see :mod:`.bounds`
@@ -260,18 +262,46 @@ def _gap_operations(ptx: str) -> list[str]:
     return sorted(found)
 
 
+def work_of(variant: Variant, program: Program, registers: int, warps: int, shared: int) -> dict[str, Any]:
+    """What the instructions and resources of a variant come to, a logit and a multiprocessor."""
+    programs = programs_at_once(variant.target, registers, warps, shared)
+    found: dict[str, Any] = {
+        "shared_bytes": shared, "occupancy": programs * warps / warps_at_most(variant.target)
+    }  # fmt: skip
+    if variant.kernel not in STREAMING or variant.dtype == "fp64":  # exp2 of a float64 is a subroutine
+        return found
+    tile = tile_of(variant)[1]
+    threads = TARGETS[variant.target].warp_size * warps
+    logits = tile.rows * tile.block // threads
+    path = program.usual_path(logits, loops=2 if variant.kernel == "value_and_gradient" else 1)
+    instructions, special = round(path.instructions / logits, 2), round(path.special / logits, 2)
+    moved = DTYPES[variant.dtype] * MOVED[variant.kernel]
+    return found | {
+        "executed_per_logit": instructions,
+        "special_per_logit": special,
+        "in_loop": path.in_loop,
+        "off_path": len(program.instructions) - path.instructions,
+        "bytes_in_flight": programs * threads * logits * DTYPES[variant.dtype],
+        "bytes_per_logit": moved,
+        "predicted": tuple(predict(gpu, moved, instructions, special) for gpu in GPUS if gpu.target == variant.target),
+    }
+
+
 def report_on(variant: Variant) -> Report:
     source, options = source_of(variant)
     promised = variant.kernel in STREAMING and tile_of(variant)[1].align > 1
     compiled = triton.compile(source, target=TARGETS[variant.target], options=options)
     narrow_offsets = len(re.findall(r"arith\.muli %num_rows[^:]*: i32", compiled.asm["ttir"]))
+    warps, shared = options["num_warps"], compiled.metadata.shared
     if variant.target.startswith("gfx"):
         assembly = compiled.asm["amdgcn"]
-        found = {key: re.search(rf"\.{key}:\s*(\d+)", assembly) for key in ("vgpr_count", "private_segment_fixed_size")}
+        registers, stack = (
+            int(re.findall(rf"\.{key}:\s*(\d+)", assembly)[0]) for key in ("vgpr_count", "private_segment_fixed_size")
+        )
         spills = sum(int(count) for count in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", assembly))
-        registers, stack = (int(match[1]) if match else None for match in found.values())
         loads, stores = (_gcn_accesses(assembly, kind) for kind in ("load", "store"))
-        return Report(variant, promised, registers, stack, spills, loads, stores, None, narrow_offsets)
+        work = work_of(variant, parse_gcn(assembly), registers, warps, shared)
+        return Report(variant, promised, registers, stack, spills, loads, stores, None, narrow_offsets, **work)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -282,25 +312,6 @@ def report_on(variant: Variant) -> Report:
             [_sass_tool("nvdisasm"), "-c", cubin.name], capture_output=True, text=True, check=True
         ).stdout
     resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    shared, warps = compiled.metadata.shared, options["num_warps"]
-    programs = programs_at_once(variant.target, resources["REG"], warps, shared)
-    executed: dict[str, Any] = {"shared_bytes": shared, "occupancy": programs * warps / 64}
-    if variant.kernel in STREAMING and variant.dtype != "fp64":  # exp2 of a float64 is a subroutine
-        tile = tile_of(variant)[1]
-        logits = tile.rows * tile.block // (32 * tile.warps)
-        path = Program.parse(sass).usual_path(logits, loops=2 if variant.kernel == "value_and_gradient" else 1)
-        instructions, special = round(path.instructions / logits, 2), round(path.special / logits, 2)
-        moved = DTYPES[variant.dtype] * MOVED[variant.kernel]
-        executed |= {
-            "executed_per_logit": instructions,
-            "special_per_logit": special,
-            "in_loop": path.in_loop,
-            "bytes_in_flight": programs * 32 * warps * logits * DTYPES[variant.dtype],
-            "bytes_per_logit": moved,
-            "predicted": tuple(
-                predict(gpu, moved, instructions, special) for gpu in GPUS if gpu.target == variant.target
-            ),
-        }
     local = sum(_accesses(sass, "LDL").values()) + sum(_accesses(sass, "STL").values())
     return Report(
         variant,
@@ -312,7 +323,7 @@ def report_on(variant: Variant) -> Report:
         _accesses(sass, "STG"),
         _gap_operations(compiled.asm["ptx"]),
         narrow_offsets,
-        **executed,
+        **work_of(variant, parse_sass(sass), resources["REG"], warps, shared),
     )
 
 

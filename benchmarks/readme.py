@@ -115,12 +115,12 @@ def streaming_reports() -> list[dict[str, Any]]:
 
 def kernel_table() -> str:
     lines = [
-        "| kernel | target | logits | registers | occupancy | KiB under way | executed a logit | special a logit |",
-        "|---|---|---|---:|---:|---:|---:|---:|",
+        "| kernel | target | logits | registers | occupancy | KiB under way | executed a logit | special a logit | beside |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for report in streaming_reports():
         variant = [report["variant"][key] for key in ("kernel", "target", "dtype")]
-        counts = f"{report['executed_per_logit']:.1f} | {report['special_per_logit']:.2f}"
+        counts = f"{report['executed_per_logit']:.1f} | {report['special_per_logit']:.2f} | {report['off_path']}"
         residence = f"{report['registers']} | {100 * report['occupancy']:.0f} % | {report['bytes_in_flight'] >> 10}"
         lines.append(f"| {' | '.join(variant)} | {residence} | {counts} |")
     return "\n".join([*lines, "", "`benchmarks/results/compile_report.json`."])

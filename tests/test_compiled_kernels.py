@@ -69,22 +69,25 @@ def test_offsets_into_the_state_are_64_bits_wide(reports: list[dict[str, Any]]) 
     assert [report for report in reports if report["narrow_offsets"]] == []
 
 
-# Executed instructions a logit in bf16 over a turn of the main loop, or loops, of long rows. Beyond 15, 31 and 31
-# issue slots and not memory would bound an H200. And registers a thread: few let enough threads run to cover latency.
+# Executed instructions a logit in bf16 over a turn of the main loop, or loops, of long rows. On NVIDIA GPUs, beyond 15,
+# 31 and 31 issue slots and not memory would bound an H200. And registers a thread: few let enough threads run to cover
+# latency. A gfx942 has no instruction that rounds to bfloat16, and 128 registers a thread where half its warps run.
 BUDGETS = {"statistics": 11, "gradient": 11, "value_and_gradient": 22}
 REGISTERS = {"statistics": 64, "gradient": 64, "value_and_gradient": 80}
+AMD_BUDGETS = {"statistics": 13, "gradient": 18, "value_and_gradient": 31}
+AMD_REGISTERS = {"statistics": 40, "gradient": 72, "value_and_gradient": 72}
 PASSES = {"statistics": 1, "gradient": 1, "value_and_gradient": 2}
 
 
 def test_instructions_a_logit(reports: list[dict[str, Any]]) -> None:
-    counted = [report for report in reports if report["executed_per_logit"] is not None]
-    if reports[0]["variant"]["target"] == "gfx942":
-        assert not counted
-        return
+    amd = reports[0]["variant"]["target"] == "gfx942"
+    budgets, registers = (AMD_BUDGETS, AMD_REGISTERS) if amd else (BUDGETS, REGISTERS)
     streaming = [
         report
-        for report in counted
-        if report["variant"]["dtype"] == "bf16" and report["variant"]["layout"] in ("medium", "long", "long, odd")
+        for report in reports
+        if report["executed_per_logit"] is not None
+        and report["variant"]["dtype"] == "bf16"
+        and report["variant"]["layout"] in ("medium", "long", "long, odd")
     ]
     assert len(streaming) >= 8
     for report in streaming:
@@ -92,10 +95,11 @@ def test_instructions_a_logit(reports: list[dict[str, Any]]) -> None:
         passes = PASSES[kernel]
         assert passes <= report["special_per_logit"] < passes + 0.5, report  # one exponential a logit and little else
         assert report["in_loop"], report
-        assert report["registers"] <= REGISTERS[kernel], report
+        assert report["registers"] <= registers[kernel], report
+        assert 4 < report["executed_per_logit"] <= budgets[kernel], report
+        assert bool(report["predicted"]) != amd
         for prediction in report["predicted"]:
             gpu = next(each for each in GPUS if each.name == prediction["gpu"])
             assert prediction["bound"] == "bytes", report
             reads = 2 / report["bytes_per_logit"]  # nothing waits for a store
             assert report["bytes_in_flight"] >= reads * gpu.bytes_to_cover_latency, (gpu, report)
-        assert 4 < report["executed_per_logit"] <= BUDGETS[kernel], report

@@ -1,4 +1,4 @@
-"""NVIDIA's machine code as a graph, and the instructions that a thread executes on its usual way through it.
+"""Machine code as a graph, and the instructions that a thread executes on its usual way through it.
 
 The usual way of a streaming kernel is the tile that needs no mask: of all ways that compute a tile at all, told by its
 exponentials, the one with the fewest instructions. The tile of the target and the ends of a row take longer ones.
@@ -9,15 +9,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
-_EXPONENTIAL = "MUFU.EX2"
-
 
 @dataclass(frozen=True)
 class Instruction:
-    predicated: bool
-    operation: str  # with its modifiers
-    operands: str
+    """``jumps`` to a label, ``leaves`` the kernel, and may go on with the next instruction instead."""
+
+    exponential: bool = False
+    special: bool = False  # by the special function unit; on AMD, a transcendental one
+    jumps: str | None = None
+    leaves: bool = False
+    goes_on: bool = True
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Path:
     """What one thread executes on the usual way."""
 
     instructions: int
-    special: int  # of them by the special function unit
+    special: int
     in_loop: bool  # a turn of the main loop, or where there is none all from entry to exit
 
 
@@ -34,29 +35,11 @@ class Program:
     instructions: list[Instruction]
     labels: dict[str, int]  # to the index of the next instruction
 
-    @classmethod
-    def parse(cls, sass: str) -> Program:
-        instructions: list[Instruction] = []
-        labels: dict[str, int] = {}
-        for line in sass.splitlines():
-            if label := re.match(r"(\.L_x_\d+):", line):
-                labels[label[1]] = len(instructions)
-            elif found := _INSTRUCTION.search(line):
-                instructions.append(Instruction(found[1] is not None, found[2], found[3].strip()))
-        return cls(instructions, labels)
-
     def successors(self, index: int) -> list[int]:
         """Where a thread may go next; nowhere after its exit."""
         at = self.instructions[index]
-        name = at.operation.split(".")[0]
-        beyond = [index + 1] if index + 1 < len(self.instructions) else []
-        if name == "EXIT":
-            return beyond if at.predicated else []
-        if name == "BRA":
-            target = self.labels[re.findall(r"\.L_x_\d+", at.operands)[-1]]
-            conditional = at.predicated or at.operands.startswith(("UP", "!UP", "UR"))
-            return [target, *beyond] if conditional else [target]
-        return beyond
+        onward = [] if at.jumps is None else [self.labels[at.jumps]]
+        return [*onward, index + 1] if at.goes_on and index + 1 < len(self.instructions) else onward
 
     def shortest(self, start: int, end: int | None, exponentials: int) -> tuple[int, int] | None:
         """Instructions and special functions on the shortest way without turning back that computes ``exponentials``.
@@ -66,12 +49,12 @@ class Program:
         best: dict[int, dict[int, tuple[int, int]]] = {start: {0: (0, 0)}}
         arrived: list[tuple[int, int]] = []
         for index in range(start, len(self.instructions) if end is None else end + 1):
-            operation = self.instructions[index].operation
+            at = self.instructions[index]
             onward = self.successors(index)
             for counted, (length, special) in best.pop(index, {}).items():
-                state = (length + 1, special + operation.startswith("MUFU"))
-                now = min(exponentials, counted + (operation == _EXPONENTIAL))
-                leaves = index == end or (end is None and operation.startswith("EXIT"))
+                state = (length + 1, special + at.special)
+                now = min(exponentials, counted + at.exponential)
+                leaves = index == end or (end is None and at.leaves)
                 if leaves and now == exponentials:
                     arrived.append(state)
                 for after in onward:
@@ -101,3 +84,55 @@ class Program:
         if whole is None:
             raise ValueError(f"no way through the kernel computes {elements} exponentials")
         return Path(*whole, in_loop=False)
+
+
+_SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
+_SASS_LABEL = re.compile(r"(\.L_x_\d+):")
+
+
+def parse_sass(text: str) -> Program:
+    """NVIDIA's machine code, as nvdisasm prints it."""
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := _SASS_LABEL.match(line):
+            labels[label[1]] = len(instructions)
+        elif found := _SASS.search(line):
+            predicate, operation, operands = found[1], found[2], found[3].strip()
+            name = operation.split(".")[0]
+            jumps = re.findall(r"\.L_x_\d+", operands)[-1] if name == "BRA" else None
+            conditional = predicate is not None or operands.startswith(("UP", "!UP", "UR"))
+            instructions.append(
+                Instruction(
+                    operation == "MUFU.EX2", name == "MUFU", jumps, name == "EXIT",
+                    goes_on=conditional or name not in ("BRA", "EXIT"),
+                )
+            )  # fmt: skip
+    return Program(instructions, labels)
+
+
+_GCN_LABEL = re.compile(r"(\.LBB\d+_\d+):")
+_GCN = re.compile(r"\s+((?:s|v|ds|global|buffer|flat|scratch)_\w+)\s*([^;]*)")
+_TRANSCENDENTAL = re.compile(r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_")
+
+
+def parse_gcn(text: str) -> Program:
+    """AMD's assembly. Its branches are a wavefront's: what single lanes skip is executed, and counted."""
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := _GCN_LABEL.match(line):
+            labels[label[1]] = len(instructions)
+        elif found := _GCN.match(line):
+            operation, operands = found[1], found[2].strip()
+            jumps = operands if operation.startswith(("s_branch", "s_cbranch")) else None
+            instructions.append(
+                Instruction(
+                    operation.startswith("v_exp_"),
+                    bool(_TRANSCENDENTAL.match(operation)),
+                    jumps,
+                    operation == "s_endpgm",
+                    goes_on=operation not in ("s_branch", "s_endpgm"),
+                )
+            )
+    return Program(instructions, labels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.sass import Program
+from benchmarks.machine_code import parse_gcn, parse_sass
 
 KERNEL = """
         /*0000*/                   S2R R0, SR_TID.X ;
@@ -26,7 +26,7 @@ KERNEL = """
 
 
 def test_usual_path_is_the_shortest_turn_that_computes() -> None:
-    path = Program.parse(KERNEL).usual_path(2)
+    path = parse_sass(KERNEL).usual_path(2)
     assert (path.instructions, path.special, path.in_loop) == (5, 2, True)
 
 
@@ -43,23 +43,53 @@ TWICE = KERNEL.replace(
 
 def test_two_loops_are_counted_together() -> None:
     """The loop that holds both is none of them."""
-    path = Program.parse(TWICE).usual_path(2, loops=2)
+    path = parse_sass(TWICE).usual_path(2, loops=2)
     assert (path.instructions, path.special, path.in_loop) == (5 + 3, 4, True)
     with pytest.raises(ValueError, match="1 loops of the kernel compute 2 exponentials, not 2"):
-        Program.parse(KERNEL).usual_path(2, loops=2)
+        parse_sass(KERNEL).usual_path(2, loops=2)
 
 
 def test_without_a_loop_all_is_counted() -> None:
     straight = "\n".join(line for line in KERNEL.splitlines() if "`(.L_x_0)" not in line)
-    path = Program.parse(straight).usual_path(2)
+    path = parse_sass(straight).usual_path(2)
     assert (path.instructions, path.special, path.in_loop) == (8, 3, False)
 
 
 def test_uniform_branches_are_conditional() -> None:
     uniform = KERNEL.replace("@P1 BRA `(.L_x_1)", "    BRA.U UP0, `(.L_x_1)")
-    assert Program.parse(uniform).usual_path(2).instructions == 5
+    assert parse_sass(uniform).usual_path(2).instructions == 5
 
 
 def test_a_program_that_cannot_compute_its_tile_is_an_error() -> None:
     with pytest.raises(ValueError, match="no way through the kernel computes 3 exponentials"):
-        Program.parse(KERNEL).usual_path(3)
+        parse_sass(KERNEL).usual_path(3)
+
+
+AMD = """
+kernel:                                 ; @kernel
+	.loc	1 71 0
+	s_load_dwordx2 s[2:3], s[0:1], 0x0
+	s_cbranch_scc1 .LBB0_4
+	s_branch .LBB0_2
+.LBB0_1:                                ;   in Loop: Header=BB0_2 Depth=1
+	s_add_i32 s17, s17, 1
+	s_cbranch_scc0 .LBB0_4
+.LBB0_2:                                ; =>This Inner Loop Header: Depth=1
+	s_cbranch_vccz .LBB0_3
+	v_mul_f32_e32 v1, v2, v3
+	v_mul_f32_e32 v1, v2, v3
+.LBB0_3:
+	v_exp_f32_e32 v1, v2
+	v_rcp_iflag_f32_e32 v1, v2
+	s_branch .LBB0_1
+.LBB0_4:
+	s_endpgm
+"""
+
+
+def test_assembly_of_amd() -> None:
+    """The turn begins at the latch, which lies before the head of the loop."""
+    path = parse_gcn(AMD).usual_path(1)
+    assert (path.instructions, path.special, path.in_loop) == (6, 2, True)
+    straight = parse_gcn(AMD.replace("s_branch .LBB0_1", "s_nop 0")).usual_path(1)
+    assert (straight.instructions, straight.special, straight.in_loop) == (8, 2, False)
