@@ -32,7 +32,7 @@ compile-report: $(VENV)/.installed  ## Registers, spills and access widths of ev
 	$(BIN)/python -m benchmarks.compile_report --output benchmarks/results/compile_report.json
 
 bench-cpu: $(VENV)/.installed  ## The losses beside the published operations and F.cross_entropy, on this CPU
-	$(BIN)/python -m benchmarks.cpu --output benchmarks/results/cpu.json
+	$(BIN)/python -m benchmarks --device cpu --output benchmarks/results/cpu.json
 
 bench-dispatch: $(VENV)/.installed  ## What the registered operators cost beside eager mode, on this CPU
 	$(BIN)/python -m benchmarks.dispatch --output benchmarks/results/dispatch.json

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import cot_kernels
-from benchmarks.cpu import environment
+from benchmarks.environment import environment
 
 CASE = (4096, 512, 50257)  # rows, features, classes
 ROUNDS = 5

@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import Tensor
 
 import cot_kernels
-from benchmarks.cpu import environment
+from benchmarks.environment import environment
 from cot_kernels import reference
 
 CASES = ((10, 512), (1000, 256), (32000, 32))  # (classes, rows)

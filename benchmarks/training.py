@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.cpu import environment
+from benchmarks.environment import environment
 from examples.demo import silence
 from examples.digits import Digits, DigitsNet
 from lightning_integration import BBCNewsDataModule, ComplementObjectiveTraining, CotBert, packaged_minilm

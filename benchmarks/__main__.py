@@ -1,0 +1,124 @@
+"""The benchmark suite: the losses beside the published operations, cross-entropies and a copy.
+
+``python -m benchmarks --output FILE`` measures on the GPU where there is one, else on the CPU; a provider is timed only
+after its loss and gradient have been held against float64. docs/performance.md says what the columns mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases import DTYPES, PARTS, Case
+from benchmarks.environment import environment
+from benchmarks.progress import progress
+from benchmarks.providers import PROVIDERS
+from benchmarks.runner import Row, Settings, run
+
+# A part on a GPU ends by itself before ten minutes; what is left is reported as skipped.
+GPU_MINUTES = 9.0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [provider.name for provider in PROVIDERS]
+    parser.add_argument("--output", type=Path, help="JSON file to write, after every case")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--part", choices=("small", "tokens", "cpu", "all"), default="all", help="which cases")
+    parser.add_argument("--quick", action="store_true", help="tiny cases, in seconds: does everything run?")
+    parser.add_argument("--provider", choices=names, action="append", help="only this one (may be repeated)")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="only this one (may be repeated)")
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch on the CPU")
+    parser.add_argument("--minutes", type=float, help=f"start nothing after this long; on a GPU {GPU_MINUTES:g}")
+    return parser.parse_args(arguments)
+
+
+def cases_of(part: str, quick: bool, on_gpu: bool) -> tuple[Case, ...]:
+    if quick:
+        return PARTS["quick"]
+    if part != "all":
+        return PARTS[part]
+    return PARTS["small"] + PARTS["tokens"] if on_gpu else PARTS["cpu"]
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    on_gpu = device.type == "cuda"
+    minutes = options.minutes if options.minutes is not None else GPU_MINUTES if on_gpu else math.inf
+    settings = Settings(
+        device,
+        seconds=0.005 if options.quick else 0.1 if on_gpu else 0.7,
+        rounds=2 if options.quick else 7,
+        roof_bytes=16 << 20 if options.quick else 1 << 30 if on_gpu else 256 << 20,
+        deadline=time.monotonic() + 60 * minutes,
+    )
+    cases = cases_of(options.part, options.quick, on_gpu)
+    dtypes = options.dtype or (list(DTYPES) if on_gpu else ["fp32"])
+    providers = [each for each in PROVIDERS if not options.provider or each.name in options.provider]
+    about = environment(options.threads, options.device)
+
+    def save(report: dict[str, Any]) -> None:
+        if options.output:
+            write(options.output, {"environment": about, **report})
+
+    with progress(len(cases) * len(dtypes) * len(providers)) as advance:
+        report = run(cases, dtypes, providers, settings, advance, save)
+    print("\n".join(table(report["results"])))
+    for name, reason in report["missing"].items():
+        print(f"missing: {name} ({reason})")
+    return {"environment": about, **report}
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    """A row a line, so that two runs can be compared by line."""
+    rows = ",\n".join(json.dumps(_plain(row), allow_nan=False) for row in report["results"])
+    head = ",\n".join(f"{json.dumps(key)}: {json.dumps(report[key])}" for key in report if key != "results")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{{head},\n"results": [\n{rows}\n]}}\n')
+
+
+def _plain(row: Row | dict[str, Any]) -> dict[str, Any]:
+    values = asdict(row) if is_dataclass(row) else row
+    return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in values.items()}
+
+
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    """Forward and backward in eager mode, and whatever went wrong."""
+    heads = ("case", "dtype", "provider", "p50 us", "of copy", "peak / logits", "error", "")
+    shown = [heads]
+    for row in rows:
+        if row.status != "ok":
+            shown.append((row.case, row.dtype, row.provider, "-", "-", "-", _short(row.gradient_error), _what(row)))
+        elif row.mode == "both" and not row.graph and row.upstream != 1 and row.p50 and row.copy_share:
+            size = row.rows * row.classes * DTYPES[row.dtype].itemsize
+            shown.append(
+                (row.case, row.dtype, row.provider, f"{row.p50:.1f}", f"{row.copy_share:.3f}",
+                 f"{(row.peak_bytes or 0) / size:.1f}", _short(row.gradient_error), "")
+            )  # fmt: skip
+    widths = [max(len(line[column]) for line in shown) for column in range(len(heads))]
+    for line in shown:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0e}"
+
+
+def _what(row: Row) -> str:
+    return f"{row.status}: {row.message}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What a loss takes beside time: bytes held between the passes and at the peak, and launches on the GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.providers import Loss
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes above logits and target; the gradient is counted from when it is made."""
+
+    held: int  # alive after the forward pass
+    forward_peak: int
+    peak: int  # of both passes
+
+
+def memory(loss: Loss, logits: Tensor, target: Tensor) -> Memory:
+    """Counted by the allocator, on a GPU, or from the profiler's record of each allocation, on the CPU."""
+    count = _on_gpu if logits.is_cuda else _on_cpu
+    loss(logits, target)  # what is loaded or compiled on the first call is not the loss's
+
+    def forward() -> Tensor:
+        return loss(logits, target)
+
+    def both() -> Tensor:
+        (gradient,) = torch.autograd.grad(loss(logits, target), logits)
+        return gradient
+
+    held, forward_peak = count(forward)
+    _, peak = count(both)
+    return Memory(held, forward_peak, peak)
+
+
+def _on_gpu(step: Callable[[], Tensor]) -> tuple[int, int]:
+    """Bytes alive at the end, with the result, and at most."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = step()
+    torch.cuda.synchronize()
+    after = torch.cuda.memory_allocated() - before
+    del result
+    return after, torch.cuda.max_memory_allocated() - before
+
+
+def _on_cpu(step: Callable[[], Tensor]) -> tuple[int, int]:
+    """The same. NumPy's memory, which small problems take, is added with its own peak: an upper bound."""
+    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        tracemalloc.start()
+        try:
+            result = step()
+            numpy_alive, numpy_peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert record.profiler is not None and record.profiler.kineto_results is not None
+    found = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(found, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    del result
+    return alive + numpy_alive, peak + numpy_peak
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Some builds of PyTorch report each start of the profiler on the standard error stream, past Python."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def launches(step: Callable[[], object]) -> int | None:
+    """Kernels, copies and fills that a step puts on the GPU; None where the machine's profiler sees none."""
+    step()
+    torch.cuda.synchronize()
+    with _quiet(), profile(activities=[ProfilerActivity.CUDA]) as record:
+        step()
+        torch.cuda.synchronize()
+    events = record.events() or []
+    return sum(event.device_type == DeviceType.CUDA for event in events) or None
