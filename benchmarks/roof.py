@@ -6,7 +6,6 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 _BLOCK = 8192
@@ -28,7 +27,6 @@ def kernel_copy() -> Copy:
 
     def copy(destination: Tensor, source: Tensor) -> None:
         count = source.numel()
-        with torch.cuda.device(source.device):
-            kernel[(triton.cdiv(count, _BLOCK),)](destination, source, count, BLOCK=_BLOCK, num_warps=8)
+        kernel[(triton.cdiv(count, _BLOCK),)](destination, source, count, BLOCK=_BLOCK, num_warps=8)
 
     return copy

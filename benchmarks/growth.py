@@ -1,0 +1,84 @@
+"""How time and memory grow with the number of rows and of classes, over four orders of magnitude, on this CPU.
+
+``python -m benchmarks.growth --output FILE --figure FILE`` measures forward and backward in float32 along rows, at 100
+classes, and along classes, at 100 rows. What is linear has a slope of 1 on the figure's axes; small problems lie above
+it, at what a call costs by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+import cot_kernels
+from benchmarks import resources, timing
+from benchmarks.cases import Case
+from benchmarks.environment import environment
+from benchmarks.progress import progress
+from benchmarks.providers import Loss
+from cot_kernels import reference
+
+SIZES = tuple(round(10 ** (quarter / 4)) for quarter in range(4, 21))  # 10 to 100,000
+FIXED = 100  # classes along rows, rows along classes
+ROUNDS = 5
+SECONDS = 0.3
+
+LOSSES: dict[str, Loss] = {
+    "published": reference.complement_entropy,
+    "F.cross_entropy": F.cross_entropy,
+    "complement_entropy": cot_kernels.complement_entropy,
+}
+
+
+def case_of(along: str, size: int) -> Case:
+    return Case(size, FIXED) if along == "rows" else Case(FIXED, size)
+
+
+def measure(along: str, size: int, seconds: float) -> list[dict[str, Any]]:
+    """Median microseconds of forward and backward, and peak bytes beside the logits, of each loss."""
+    case = case_of(along, size)
+    buffers = timing.make_buffers(case, torch.float32, torch.device("cpu"))
+    steps = {name: timing.make_step(loss, buffers, "both", 0.37) for name, loss in LOSSES.items()}
+    times = timing.host_times(steps, len(buffers), ROUNDS, seconds)
+    found: list[dict[str, Any]] = []
+    for name, loss in LOSSES.items():
+        memory = resources.memory(loss, buffers.logits[0], buffers.target[0])
+        quantiles = {f"p{share}": timing.quantile(times[name], share / 100) * 1e6 for share in (20, 50, 80)}
+        about = {"provider": name, "along": along, "rows": case.rows, "classes": case.classes}
+        found.append({**about, **quantiles, "peak_bytes": memory.peak, "held_bytes": memory.held})
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--figure", type=Path, help="PNG file to write")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for each loss at each size")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    points = [(along, size) for along in ("rows", "classes") for size in SIZES]
+    results: list[dict[str, Any]] = []
+    with progress(len(points)) as advance:
+        for along, size in points:
+            advance(case_of(along, size).name)
+            results.extend(measure(along, size, options.seconds))
+    if options.output:
+        lines = ",\n".join(json.dumps(result) for result in results)
+        about = json.dumps(environment(options.threads))
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(f'{{"environment": {about}, "results": [\n{lines}\n]}}\n')
+    if options.figure:
+        from benchmarks.plots import growth, write  # Matplotlib: only where a figure is wanted
+
+        write(growth(results), options.figure)
+
+
+if __name__ == "__main__":
+    main()

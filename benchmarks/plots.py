@@ -1,0 +1,188 @@
+"""Figures from the suite's results: ``python -m benchmarks.plots FILE --output DIRECTORY``.
+
+Share of the copy's bandwidth and speed-up against the number of classes, memory, and the latency of small problems,
+those that the results hold points for. Forward and backward together, with an upstream gradient that is not 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.cases import DTYPES
+from benchmarks.providers import PROVIDERS
+from benchmarks.runner import COPY
+
+Rows: TypeAlias = Sequence[dict[str, Any]]
+Value: TypeAlias = Callable[[dict[str, Any]], float | None]  # of a row; None where it has none
+
+BASELINE = "published"
+SMALL_LOGITS = 1 << 19  # up to here a problem's time is mostly what its calls and launches cost
+
+# Okabe and Ito's palette; a provider has the same colour in every figure, and ours the solid lines.
+_COLORS = ("#999999", "#56B4E9", "#000000", "#F0E442", "#CC79A7", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#882255")
+COLORS = {provider.name: color for provider, color in zip(PROVIDERS, _COLORS, strict=True)} | {COPY: "0.5"}
+OTHERS = ("published", "published, compiled", "F.cross_entropy", "Liger cross_entropy", "quack cross_entropy", COPY)
+
+
+def timed(results: Rows, *, graph: bool = False) -> list[dict[str, Any]]:
+    """The rows that were timed, of both passes together with an upstream gradient that is not 1, and of the copy."""
+    return [
+        row
+        for row in results
+        if row["status"] == "ok"
+        and row["graph"] == graph
+        and ((row["mode"] == "both" and row["upstream"] != 1) or row["mode"] == COPY)
+    ]
+
+
+def dtypes_of(rows: Rows) -> list[str]:
+    return [dtype for dtype in DTYPES if any(row["dtype"] == dtype for row in rows)]
+
+
+def panels(rows: Rows, title: str, label: str) -> tuple[Figure, list[tuple[str, Axes]]]:
+    """A figure with a panel for each dtype that the rows have, one below the other."""
+    dtypes = dtypes_of(rows)
+    drawing = Figure(figsize=(10, 1.5 + 2.6 * len(dtypes)), dpi=130, layout="constrained")
+    drawing.suptitle(title)
+    axes = [row[0] for row in drawing.subplots(len(dtypes), 1, squeeze=False)]
+    found = list(zip(dtypes, axes, strict=True))
+    for dtype, each in found:
+        each.set_title(dtype, loc="left", fontsize="medium")
+        each.set_ylabel(label)
+        each.grid(axis="y", color="0.9", linewidth=0.7)
+        each.set_axisbelow(True)
+        each.spines[["top", "right"]].set_visible(False)
+    return drawing, found
+
+
+def lines(rows: Rows, title: str, label: str, value: Value) -> Figure:
+    """A value against the number of classes, a line a provider; of cases with as many classes, that of most rows."""
+    drawing, found = panels(rows, title, label)
+    sizes = sorted({row["classes"] for row in rows})
+    for dtype, axes in found:
+        for provider in COLORS:
+            points: dict[int, dict[str, Any]] = {}
+            for row in rows:
+                if (row["provider"], row["dtype"]) == (provider, dtype) and value(row) is not None:
+                    points[row["classes"]] = max(points.get(row["classes"], row), row, key=lambda each: each["rows"])
+            if points:
+                style = "--" if provider in OTHERS else "-"
+                classes = sorted(points)
+                heights = [value(points[each]) or 0 for each in classes]
+                places = [sizes.index(each) for each in classes]
+                axes.plot(places, heights, style, color=COLORS[provider], marker="o", markersize=4, label=provider)
+        axes.set_ylim(bottom=0)
+        axes.set_xticks(range(len(sizes)), [f"{each:,}" for each in sizes])
+    found[-1][1].set_xlabel("classes")
+    return with_legend(drawing, [axes for _, axes in found])
+
+
+def bars(rows: Rows, title: str, label: str, value: Value, *, reference: float | None = None) -> Figure:
+    """A group of bars a case, a bar a provider; a line at the reference."""
+    drawing, found = panels(rows, title, label)
+    for dtype, axes in found:
+        some = [row for row in rows if row["dtype"] == dtype and value(row) is not None]
+        cases = list(dict.fromkeys(row["case"] for row in some))
+        providers = [provider for provider in COLORS if any(row["provider"] == provider for row in some)]
+        width = 0.85 / max(len(providers), 1)
+        for index, provider in enumerate(providers):
+            heights = {row["case"]: value(row) for row in some if row["provider"] == provider}
+            places = [place + (index - len(providers) / 2 + 0.5) * width for place in range(len(cases))]
+            axes.bar(places, [heights.get(case) or 0 for case in cases], width, color=COLORS[provider], label=provider)
+        axes.set_xticks(range(len(cases)), cases, rotation=15 if len(cases) > 6 else 0)
+        if reference is not None:
+            axes.axhline(reference, color="0.2", linewidth=0.8)
+    return with_legend(drawing, [axes for _, axes in found])
+
+
+def with_legend(drawing: Figure, axes: Sequence[Axes]) -> Figure:
+    handles = {label: handle for each in axes for handle, label in zip(*each.get_legend_handles_labels(), strict=True)}
+    drawing.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    return drawing
+
+
+def speedup_over(rows: Rows) -> Value:
+    baseline = {(row["case"], row["dtype"]): row["p50"] for row in rows if row["provider"] == BASELINE}
+
+    def speedup(row: dict[str, Any]) -> float | None:
+        slow = baseline.get((row["case"], row["dtype"]))
+        return None if slow is None or row["provider"] in (COPY, BASELINE) else slow / row["p50"]
+
+    return speedup
+
+
+def memory(row: dict[str, Any]) -> float | None:
+    if row["peak_bytes"] is None:
+        return None
+    return float(row["peak_bytes"] / (row["rows"] * row["classes"] * DTYPES[row["dtype"]].itemsize))
+
+
+def figures(results: Rows) -> dict[str, Figure]:
+    """By file name; a figure without points is left out."""
+    rows = timed(results)
+    large = [row for row in rows if row["rows"] * row["classes"] > SMALL_LOGITS]
+    small = [row for row in rows if row["rows"] * row["classes"] <= SMALL_LOGITS and row["provider"] != COPY]
+    drawn: dict[str, Figure] = {}
+    if any(row["copy_share"] is not None for row in large):
+        title, label = "bandwidth of both passes: counted bytes / time", "share of the copy's"
+        drawn["roofline"] = lines(large, title, label, lambda row: row["copy_share"])
+    speedup = speedup_over(rows)
+    if any(speedup(row) for row in rows):
+        drawn["speedup"] = bars(rows, "both passes", "times faster than published", speedup, reference=1)
+    if any(row["peak_bytes"] is not None for row in rows):
+        held = [row for row in large if row["provider"] != COPY] or rows
+        drawn["memory"] = bars(held, "memory beside the logits", "peak / logits", memory)
+    if small:
+        drawn["latency"] = bars(small, "small problems, both passes", "microseconds", lambda row: row["p50"])
+    graphs = [row for row in timed(results, graph=True) if row["rows"] * row["classes"] <= SMALL_LOGITS]
+    if graphs:
+        title = "small problems in a CUDA graph, both passes"
+        drawn["latency_graph"] = bars(graphs, title, "microseconds", lambda row: row["p50"])
+    return drawn
+
+
+def growth(results: Rows) -> Figure:
+    """Time and memory against rows and against classes, of benchmarks/growth.py; the thin lines are linear."""
+    drawing = Figure(figsize=(9.5, 7), dpi=130, layout="constrained")
+    grid = drawing.subplots(2, 2, sharex="col")
+    for row, (key, label) in enumerate((("p50", "microseconds, both passes"), ("peak_bytes", "peak bytes"))):
+        for column, along in enumerate(("rows", "classes")):
+            axes = grid[row][column]
+            for provider in dict.fromkeys(result["provider"] for result in results):
+                found = [each for each in results if (each["provider"], each["along"]) == (provider, along)]
+                sizes, values = [each[along] for each in found], [each[key] for each in found]
+                axes.plot(sizes, values, color=COLORS[provider], marker="o", markersize=3, label=provider)
+                last = values[-1] / sizes[-1]
+                axes.plot(sizes, [last * size for size in sizes], color=COLORS[provider], linewidth=0.6, alpha=0.6)
+            axes.set(xscale="log", yscale="log", ylabel=label, xlabel=along if row else "")
+            axes.set_ylim(min(each[key] for each in results) / 2, max(each[key] for each in results) * 2)
+            axes.grid(color="0.9", linewidth=0.7)
+            axes.spines[["top", "right"]].set_visible(False)
+    return with_legend(drawing, [grid[0][0]])
+
+
+def write(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files of python -m benchmarks, of one machine")
+    parser.add_argument("--output", type=Path, required=True, help="directory for the PNG files")
+    parser.add_argument("--prefix", default="", help="of the files' names")
+    options = parser.parse_args(arguments)
+    results = [row for path in options.results for row in json.loads(path.read_text())["results"]]
+    for name, figure in figures(results).items():
+        write(figure, options.output / f"{options.prefix}{name}.png")
+
+
+if __name__ == "__main__":
+    main()

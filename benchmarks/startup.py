@@ -1,0 +1,109 @@
+"""What importing costs, and how many kernels are compiled as the number of classes varies.
+
+``python -m benchmarks.startup --output FILE`` imports torch, and torch with cot_kernels, in fresh processes that take
+turns; and counts, without compiling, the variants of the kernels that logits of 2 to 300,000 classes call for: what the
+launch table chooses, and what Triton makes of the integers it is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import DTYPES
+from benchmarks.environment import ROOT, environment
+from benchmarks.progress import progress
+from cot_kernels.backends.triton import launch
+
+CLASSES = range(2, 300_001)
+ROWS = {"many": 8192, "few": 64}  # of the latter, several programs share one
+MULTIPROCESSORS = 132  # of an H200
+ROUNDS = 15
+
+IMPORTS = {"torch": "import torch", "cot_kernels": "import torch, cot_kernels"}
+_TIMED = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
+
+Variant = tuple[str | launch.Tile | int, ...]
+
+
+def import_seconds(rounds: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in IMPORTS}
+    with progress(rounds + 1) as advance:
+        for turn in range(rounds + 1):
+            advance("importing")
+            for name, statement in IMPORTS.items():
+                command = [sys.executable, "-c", _TIMED.format(statement)]
+                finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+                if turn:  # the first one fills the disk's cache, and compiles to bytecode
+                    times[name].append(float(finished.stdout))
+    return times
+
+
+def specialization(number: int) -> str:
+    """What Triton tells of an integer in compiled code: that it is 1, that 16 divides it, or that it needs 64 bits."""
+    if number == 1:
+        return "1"
+    return ("64" if not -(2**31) <= number < 2**31 else "32") + ("D" if number % 16 == 0 else "")
+
+
+def variants(rows: int, classes: int, itemsize: int) -> Iterator[Variant]:
+    """The kernels that one objective's mean compiles, forward and backward, for contiguous (rows, classes) logits."""
+    aligned = classes * itemsize % 16 == 0
+    tile = launch.choose_tile(classes, itemsize, classes_adjoin=True, rows_aligned=aligned, head_aligned=True)
+    tiles = -(-(classes + tile.align - 1) // tile.block) if tile.rows == 1 else 1
+    splits = launch.choose_splits(rows, tiles, MULTIPROCESSORS) if tile.rows == 1 else 1
+    # Rows and classes, and the strides: classes, 1, and that of an absent dimension, 0.
+    integers = tuple(specialization(number) for number in (rows, classes, 1, classes, 1, 0))
+    programs = -(-rows // tile.rows)
+    if splits > 1:
+        power = launch.next_power_of_two(splits)
+        merged = max(1, 256 // power)
+        programs = -(-rows // merged)
+        yield ("merge", merged, power, *integers, specialization(splits))
+    yield ("statistics", tile, int(splits > 1), *integers, specialization(splits))
+    yield ("reduce", specialization(programs))
+    yield ("gradient", tile, *integers, specialization(tiles))
+
+
+def count(rows: int, itemsize: int, classes: Iterable[int] = CLASSES) -> dict[str, int]:
+    """How many variants of each kernel there are over all numbers of classes."""
+    found = {variant for each in classes for variant in variants(rows, each, itemsize)}
+    kernels = [str(variant[0]) for variant in found]
+    return {kernel: kernels.count(kernel) for kernel in sorted(set(kernels))}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    options = parser.parse_args(arguments)
+    medians = {name: statistics.median(times) for name, times in import_seconds(options.rounds).items()}
+    counts = {
+        dtype: {name: count(rows, torch_dtype.itemsize) for name, rows in ROWS.items()}
+        for dtype, torch_dtype in DTYPES.items()
+    }
+    report: dict[str, Any] = {
+        "environment": environment(1),
+        "import_seconds": medians,
+        "import_ratio": medians["cot_kernels"] / medians["torch"],
+        "classes": [CLASSES[0], CLASSES[-1]],
+        "rows": ROWS,
+        "variants": counts,
+    }
+    print(f"import torch {medians['torch']:.2f} s, with cot_kernels {medians['cot_kernels']:.2f} s")
+    for dtype, found in counts.items():
+        for name, kernels in found.items():
+            print(f"{dtype}, {name} rows: {sum(kernels.values())} variants, {kernels}")
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
