@@ -1,7 +1,7 @@
 """Times of a step, in seconds: CUDA events and CUDA graphs on a GPU, the host's clock on the CPU.
 
-A step is a function of the number of the buffer that it works on. Buffers rotate, and together they are larger than
-the cache, so that no call finds its logits where the one before left them.
+A step is a function of the number of the buffer that it works on. On a GPU buffers rotate, and together they are larger
+than the cache, so that no call finds its logits where the one before left them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from benchmarks.providers import Loss
 
 Step: TypeAlias = Callable[[int], object]
 
-# Bytes of logits in rotation: several times an L2 cache of 50 to 126 MB; on the CPU, more than one of its L2 caches.
-ROTATION_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}
+# Bytes of logits in rotation on a GPU: several times an L2 cache of 50 to 126 MB. On the CPU there is one buffer: the
+# layer before has just written the logits, and they are as much in the cache as they fit.
+ROTATION_BYTES = 512 << 20
 # Small problems would need thousands of buffers, and never leave the cache in training either.
 MOST_BUFFERS = 64
 
@@ -48,8 +49,8 @@ class Buffers:
 
 
 def make_buffers(case: Case, dtype: torch.dtype, device: torch.device) -> Buffers:
-    wanted = math.ceil(ROTATION_BYTES[device.type] / case.logits_bytes(dtype))
-    count = max(1, min(MOST_BUFFERS, wanted))
+    wanted = math.ceil(ROTATION_BYTES / case.logits_bytes(dtype)) if device.type == "cuda" else 1
+    count = min(MOST_BUFFERS, wanted)
     generator = torch.Generator(device).manual_seed(1)
     buffers = Buffers(
         tuple(torch.empty(case.shape, dtype=dtype, device=device).requires_grad_() for _ in range(count)),
