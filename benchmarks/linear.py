@@ -1,45 +1,49 @@
-"""Projection and loss on this CPU: the fused linear losses beside three bare products, and beside what PyTorch has.
+"""Projection and loss: the fused linear losses beside three bare products, and beside what other packages have.
 
 ``python -m benchmarks.linear --output FILE`` measures, for hidden states [N, H] and a vocabulary of K words, forward
-and backward of each provider: the median time of rounds in one process, as a multiple of the time of the three matrix
-products that no method can do without; and the peak of the memory above inputs and weights, each provider in a process
-of its own.
+and backward of each provider: the median time of rounds in which they take turns, as a multiple of the time of the
+three matrix products that no method can do without; and the peak of the memory above inputs and weights, on the CPU
+each provider in a process of its own. On a GPU the shapes are those of language models, in bf16. A provider is timed
+only after its loss and gradients of a few rows have been held against float64; one that is missing costs nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import resource
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
 import cot_kernels
+from benchmarks import timing
 from benchmarks.environment import environment
+from benchmarks.progress import progress
+from benchmarks.runner import message_of
+from cot_kernels import reference
 
-CASE = (4096, 512, 50257)  # rows, features, classes
+Shape: TypeAlias = tuple[int, int, int]  # rows, features, classes
+Loss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]  # of input, weight and target
+Step: TypeAlias = Callable[[Tensor, Tensor, Tensor], object]
+
+CPU_SHAPES: tuple[Shape, ...] = ((4096, 512, 50257),)
+GPU_SHAPES: tuple[Shape, ...] = (
+    (4096, 4096, 128256),  # Llama 3 8B
+    (8192, 2304, 256000),  # Gemma 2 2B
+    (8192, 768, 50257),  # GPT-2
+)
+PRODUCTS = "three products"
 ROUNDS = 5
-
-Step: TypeAlias = Callable[[Tensor, Tensor, Tensor], None]
-
-
-def _backward(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Step:
-    def step(input: Tensor, weight: Tensor, target: Tensor) -> None:
-        input.grad = weight.grad = None
-        loss(input, weight, target).backward()  # type: ignore[no-untyped-call]
-
-    return step
+CHECKED_ROWS = 64
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 def _products(input: Tensor, weight: Tensor, target: Tensor) -> None:
@@ -49,45 +53,96 @@ def _products(input: Tensor, weight: Tensor, target: Tensor) -> None:
         input.grad, weight.grad = logits @ weight, logits.t() @ input
 
 
-def _chunked_cross_entropy(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    options: Any = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
-    return F.linear_cross_entropy(input, weight, target, options=options)  # type: ignore[attr-defined, no-any-return]
+def _torch_chunked() -> Loss:
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise ImportError("came with torch 2.13")
+    options: Any = torch.nn.LinearCrossEntropyOptions()
+    return lambda input, weight, target: F.linear_cross_entropy(input, weight, target, options=options)
 
 
-def _cross_entropy(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(input, weight), target)
+def _liger() -> Loss:
+    loss: Loss = importlib.import_module("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy
+    return loss
 
 
-def _complement_cross_entropy(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return cot_kernels.complement_cross_entropy(F.linear(input, weight), target)
+def _cut() -> Loss:
+    loss: Loss = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    return loss
 
 
-def providers() -> dict[str, Step]:
-    found = {
-        "three products": _products,
-        "linear_complement_cross_entropy": _backward(cot_kernels.linear_complement_cross_entropy),
-        "linear_complement_entropy": _backward(cot_kernels.linear_complement_entropy),
-        "complement_cross_entropy of the logits": _backward(_complement_cross_entropy),
-        "F.cross_entropy of the logits": _backward(_cross_entropy),
-    }
-    if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # torch 2.13
-        found["F.linear_cross_entropy, chunked"] = _backward(_chunked_cross_entropy)
-    return found
+def _of_logits(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Loss]:
+    return lambda: lambda input, weight, target: loss(F.linear(input, weight), target)
 
 
-def problem(rows: int, features: int, classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    input = torch.randn(rows, features, generator=generator).requires_grad_()
-    weight = (torch.randn(classes, features, generator=generator) * features**-0.5).requires_grad_()
-    return input, weight, torch.randint(classes, (rows,), generator=generator)
+# How to get each, the loss of logits that it claims to compute, and whether it runs on a GPU only.
+PROVIDERS: dict[str, tuple[Callable[[], Loss], Callable[[Tensor, Tensor], Tensor], bool]] = {
+    "linear_complement_cross_entropy": (
+        lambda: cot_kernels.linear_complement_cross_entropy, reference.complement_cross_entropy, False,
+    ),
+    "linear_complement_entropy": (
+        lambda: cot_kernels.linear_complement_entropy, reference.complement_entropy, False,
+    ),
+    "complement_cross_entropy of the logits": (
+        _of_logits(cot_kernels.complement_cross_entropy), reference.complement_cross_entropy, False,
+    ),
+    "F.cross_entropy of the logits": (_of_logits(F.cross_entropy), F.cross_entropy, False),
+    "F.linear_cross_entropy, chunked": (_torch_chunked, F.cross_entropy, False),
+    "Liger fused_linear_cross_entropy": (_liger, F.cross_entropy, True),
+    "cut_cross_entropy": (_cut, F.cross_entropy, True),
+}  # fmt: skip
 
 
-def peak_bytes(name: str, case: tuple[int, int, int], threads: int) -> int:
+def load(name: str, device: torch.device) -> Loss:
+    """The loss, or ImportError."""
+    give, _, gpu_only = PROVIDERS[name]
+    if gpu_only and device.type != "cuda":
+        raise ImportError("runs on a GPU only")
+    return give()
+
+
+def problem(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    rows, features, classes = shape
+    generator = torch.Generator(device).manual_seed(0)
+    input = torch.randn(rows, features, generator=generator, device=device).to(dtype).requires_grad_()
+    weight = torch.randn(classes, features, generator=generator, device=device) * features**-0.5
+    target = torch.randint(classes, (rows,), generator=generator, device=device)
+    return input, weight.to(dtype).requires_grad_(), target
+
+
+def step_of(name: str, device: torch.device) -> Step:
+    if name == PRODUCTS:
+        return _products
+    loss = load(name, device)
+
+    def step(input: Tensor, weight: Tensor, target: Tensor) -> None:
+        input.grad = weight.grad = None
+        loss(input, weight, target).backward()  # type: ignore[no-untyped-call]
+
+    return step
+
+
+def error(name: str, input: Tensor, weight: Tensor, target: Tensor) -> float:
+    """The largest relative error of the loss and the two gradients of a few rows, against float64."""
+
+    def values(loss: Loss, input: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        leaves = [each.detach().requires_grad_() for each in (input, weight)]
+        value = loss(leaves[0], leaves[1], few)
+        gradients = torch.autograd.grad(value, leaves)
+        return tuple(each.detach().double() for each in (value, *gradients))
+
+    few = target[:CHECKED_ROWS]
+    found = values(load(name, input.device), input[:CHECKED_ROWS], weight)
+    true = values(_of_logits(PROVIDERS[name][1])(), input[:CHECKED_ROWS].double(), weight.double())
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, true, strict=True))
+
+
+def cpu_peak(name: str, shape: Shape, threads: int) -> int:
     """What a forward and a backward pass add to the peak of a fresh process, the gradients included."""
     torch.set_num_threads(threads)
-    step = providers()[name]
-    step(*problem(8, *case[1:]))  # libraries are loaded, and buffers of threads made
-    tensors = problem(*case)
+    device = torch.device("cpu")
+    step = step_of(name, device)
+    step(*problem((8, *shape[1:]), torch.float32, device))  # libraries are loaded, and buffers of threads made
+    tensors = problem(shape, torch.float32, device)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ballast = torch.ones(max(0, before * 1024 - _resident()), dtype=torch.uint8)  # so that the peak is reached again
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -100,41 +155,92 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+def gpu_peak(step: Step, tensors: tuple[Tensor, Tensor, Tensor]) -> int:
+    tensors[0].grad = tensors[1].grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(*tensors)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure(shape: Shape, device: torch.device, threads: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """A row for each provider: its time and memory, or why it has none."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    about = dict(zip(("rows", "features", "classes"), shape, strict=True)) | {"dtype": str(dtype).split(".")[1]}
+    tensors = problem(shape, dtype, device)
+    rows: dict[str, dict[str, Any]] = {PRODUCTS: {"status": "ok"}}
+    steps: dict[str, Step] = {PRODUCTS: _products}
+    for name in PROVIDERS:
+        try:
+            found = error(name, *tensors)
+            wrong = not found <= TOLERANCES[dtype]
+            rows[name] = {"status": "wrong" if wrong else "ok", "error": found if found == found else None}
+            if not wrong:
+                steps[name] = step_of(name, device)
+                steps[name](*tensors)
+        except ImportError as reason:
+            rows[name] = {"status": "missing", "message": message_of(reason)}
+        except Exception as reason:  # whatever another package raises, out of memory included
+            rows[name] = {"status": "failed", "message": message_of(reason)}
+            steps.pop(name, None)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    for name, step in steps.items():
+        if device.type == "cuda":
+            rows[name]["peak_bytes"] = gpu_peak(step, tensors)
+        else:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                rows[name]["peak_bytes"] = pool.apply(cpu_peak, (name, shape, threads))
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name] += timed(step, tensors, device, seconds)
+    floor = timing.quantile(times[PRODUCTS], 0.5)
+    for name, taken in times.items():
+        median = timing.quantile(taken, 0.5)
+        rows[name] |= {"seconds": median, "times": median / floor, "samples": len(taken)}
+    return [{"provider": name, **about, **row} for name, row in rows.items()]
+
+
+def timed(step: Step, tensors: tuple[Tensor, Tensor, Tensor], device: torch.device, seconds: float) -> list[float]:
+    if device.type == "cuda":
+        return timing.device_times(lambda _: step(*tensors), 1, seconds)
+    start = time.perf_counter()
+    step(*tensors)
+    return [time.perf_counter() - start]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--case", type=int, nargs=3, default=CASE, metavar=("ROWS", "FEATURES", "CLASSES"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch on the CPU")
+    parser.add_argument(
+        "--case", type=int, nargs=3, action="append", metavar=("ROWS", "FEATURES", "CLASSES"), help="may be repeated"
+    )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    arguments = parser.parse_args()
-    case = tuple(arguments.case)
-    torch.set_num_threads(arguments.threads)
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        peaks = {name: pool.apply(peak_bytes, (name, case, arguments.threads)) for name in providers()}
-    tensors = problem(*case)
-    times: dict[str, list[float]] = {name: [] for name in providers()}
-    for _ in track(range(arguments.rounds), "measuring", console=Console(stderr=True)):
-        for name, step in providers().items():
-            start = time.perf_counter()
-            step(*tensors)
-            times[name].append(time.perf_counter() - start)
-    floor = statistics.median(times["three products"])
-    results: list[dict[str, Any]] = [
-        {"provider": name, "seconds": statistics.median(taken), "times": statistics.median(taken) / floor,
-         "peak_bytes": peaks[name]}
-        for name, taken in times.items()
-    ]  # fmt: skip
-    table = Table(title="{} x {} -> {}, forward + backward".format(*case))
-    for heading in ("", "time / three products", "peak memory"):
-        table.add_column(heading, justify="right" if heading else "left")
+    parser.add_argument("--seconds", type=float, default=0.2, help="of a provider in a round, on a GPU")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    shapes = [tuple(case) for case in options.case or ()] or (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES)
+    results: list[dict[str, Any]] = []
+    with progress(len(shapes)) as advance:
+        for shape in shapes:
+            advance("{} x {} -> {}".format(*shape))
+            results += measure(shape, device, options.threads, options.rounds, options.seconds)
     for row in results:
-        table.add_row(row["provider"], f"{row['times']:.2f}", f"{row['peak_bytes'] / 2**20:.0f} MiB")
-    Console().print(table)
-    if arguments.output:
-        rows, features, classes = case
-        shape = {"rows": rows, "features": features, "classes": classes}
-        report = {"environment": environment(arguments.threads), **shape, "results": results}
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+        said = row.get("message", "")
+        numbers = f"{row['times']:.2f} of three products, {row['peak_bytes'] / 2**20:.0f} MiB" if "times" in row else ""
+        shape = (row["rows"], row["features"], row["classes"])
+        print("{} x {} -> {}".format(*shape), f"{row['provider']}: {row['status']}", numbers or said, sep="  ")
+    if options.output:
+        lines = ",\n".join(json.dumps(row) for row in results)
+        about = json.dumps(environment(options.threads, options.device))
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(f'{{"environment": {about}, "results": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

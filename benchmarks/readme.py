@@ -50,11 +50,12 @@ def ratio_table(times: dict[str, dict[str, float]], about: dict[str, Any], resul
 
 def linear_table() -> str:
     report = json.loads(LINEAR_RESULTS.read_text())
+    rows = [row for row in report["results"] if row["status"] == "ok"]
     lines = ["| | time / three products | peak memory |", "|---|---:|---:|"]
-    for row in report["results"]:
+    for row in rows:
         lines.append(f"| {row['provider']} | {row['times']:.2f} | {row['peak_bytes'] / 2**20:.0f} MiB |")
     about = report["environment"]
-    shape = f"{report['rows']} x {report['features']} -> {report['classes']}"
+    shape = f"{rows[0]['rows']} x {rows[0]['features']} -> {rows[0]['classes']}"
     note = (
         f"{shape}, float32, {about['cpu']}, {threads(about)}, torch {about['torch']}; `benchmarks/results/linear.json`."
     )

@@ -1,0 +1,47 @@
+"""The suite's cases under pytest-benchmark: ``pytest benchmarks/test_cases.py``, on the GPU where there is one.
+
+For its comparisons, statistics and saved runs (``--benchmark-autosave``, ``--benchmark-compare``). Forward and backward
+together, in bf16 on a GPU and float32 on the CPU; compiled providers are left to ``python -m benchmarks``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import correctness, timing
+from benchmarks.cases import PARTS, Case
+from benchmarks.providers import PROVIDERS, Provider
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+CASES = PARTS["small"] + PARTS["tokens"] if DEVICE.type == "cuda" else PARTS["cpu"]
+
+
+@pytest.mark.parametrize("provider", [each for each in PROVIDERS if "compiled" not in each.name], ids=lambda p: p.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_forward_and_backward(benchmark: Callable[..., Any], case: Case, provider: Provider) -> None:
+    if provider.gpu_only and DEVICE.type != "cuda":
+        pytest.skip("runs on a GPU only")
+    if provider.rows_only and case.trailing:
+        pytest.skip("takes (N, K) logits alone")
+    try:
+        loss = provider.load()
+    except ImportError as error:
+        pytest.skip(str(error))
+    buffers = timing.make_buffers(case, DTYPE, DEVICE)
+    true = correctness.truth(provider.formula, buffers.logits[0], buffers.target[0])
+    errors = correctness.errors(loss, buffers.logits[0], buffers.target[0], true)
+    assert errors.within(correctness.tolerance(DTYPE, provider.rounds_operations)), errors
+    step = timing.make_step(loss, buffers, "both", 0.37)
+
+    def run() -> None:
+        step(0)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = case.name  # type: ignore[attr-defined]
+    benchmark(run)

@@ -1,0 +1,324 @@
+"""The benchmark suite: what it says of providers that are right, wrong, missing or failing, and what it draws."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks import __main__ as suite
+from benchmarks import correctness, growth, linear, plots, resources, runner, startup, timing
+from benchmarks.cases import Case
+from benchmarks.providers import PROVIDERS, Provider
+from benchmarks.runner import Row, Settings
+
+CPU = torch.device("cpu")
+CASE = Case(8, 5)
+SETTINGS = Settings(CPU, seconds=0.002, rounds=2, roof_bytes=1 << 16)
+
+
+def cross_entropy_sum(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits, target, reduction="sum")
+
+
+def provider(loss: Callable[[Tensor, Tensor], Tensor], **options: Any) -> Provider:
+    return Provider("measured", lambda: loss, cross_entropy_sum, **options)
+
+
+def rows_of(*providers: Provider, case: Case = CASE, settings: Settings = SETTINGS) -> list[Row]:
+    """The rows of providers on one case, without the copy's."""
+    report = runner.run([case], ["fp32"], providers, settings, lambda _: None, lambda _: None)
+    return [row for row in report["results"] if row.provider != runner.COPY]
+
+
+def test_every_provider_of_the_cpu_on_quick_cases(tmp_path: Path) -> None:
+    """One command: rows for forward, backward and both, with and without an upstream gradient of 1, and a JSON file."""
+    output = tmp_path / "results" / "quick.json"
+    names = [each.name for each in PROVIDERS if each.name != "published, compiled"]
+    chosen = [word for name in names for word in ("--provider", name)]
+    report = suite.main(["--quick", "--device", "cpu", "--threads", "1", "--output", str(output), *chosen])
+    assert set(report["missing"]) == {"Liger cross_entropy", "quack cross_entropy"}
+    written = json.loads(output.read_text())
+    assert written["environment"]["torch"] == torch.__version__
+    rows = [row for row in written["results"] if row["provider"] != runner.COPY]
+    assert len(rows) == 3 * 5 * (len(names) - 2)  # cases, measurements and providers
+    for row in rows:
+        assert row["status"] == "ok", row
+        assert 0 < row["p20"] <= row["p50"] <= row["p80"], row
+        assert row["gradient_error"] < 1e-5 and row["loss_error"] < 1e-5, row
+        assert row["held_bytes"] <= row["peak_bytes"], row
+        passes = {"forward": 1, "backward": 2, "both": 3}[row["mode"]]
+        assert row["counted_bytes"] == passes * 4 * math.prod(row["shape"]), row
+        assert row["gbps"] == pytest.approx(row["counted_bytes"] / row["p50"] / 1e3, rel=1e-3), row
+        assert row["copy_share"] == pytest.approx(row["gbps"] / written["copy_bandwidth"]["roof"], rel=1e-3), row
+    assert {(row["mode"], row["upstream"]) for row in rows} == {
+        ("forward", None), ("backward", 1), ("backward", 0.37), ("both", 1), ("both", 0.37),
+    }  # fmt: skip
+
+
+def wrong_value(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits, target) * 1.001
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, target)
+        return F.cross_entropy(logits, target)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        """Softmax alone."""
+        logits, _ = ctx.saved_tensors
+        return upstream * logits.softmax(1) / len(logits), None
+
+
+class IgnoresUpstream(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, target)
+        return F.cross_entropy(logits, target)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        logits, target = ctx.saved_tensors
+        return (logits.softmax(1) - F.one_hot(target, logits.shape[1])) / len(logits), None
+
+
+class LeavesOutTheLastRow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, target)
+        return F.cross_entropy(logits, target)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        logits, target = ctx.saved_tensors
+        gradient = (logits.softmax(1) - F.one_hot(target, logits.shape[1])) / len(logits)
+        return torch.cat((gradient[:-1], torch.full_like(gradient[-1:], math.nan))) * upstream, None
+
+
+@pytest.mark.parametrize("loss", [wrong_value, WrongGradient.apply, IgnoresUpstream.apply, LeavesOutTheLastRow.apply])
+def test_a_wrong_provider_is_reported_as_wrong_and_not_timed(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    (row,) = rows_of(provider(loss))
+    assert row.status == "wrong" and row.p50 is None and "float64" in row.message
+
+
+def test_a_provider_that_rounds_each_operation_is_given_more_room() -> None:
+    assert [
+        row.status for row in rows_of(provider(lambda logits, target: F.cross_entropy(logits, target) * 1.00005))
+    ] == ["wrong"]
+    lenient = provider(lambda logits, target: F.cross_entropy(logits, target) * 1.00005, rounds_operations=True)
+    assert {row.status for row in rows_of(lenient)} == {"ok"}
+
+
+def test_one_that_fails_costs_its_own_rows_only() -> None:
+    def fails(logits: Tensor, target: Tensor) -> Tensor:
+        raise RuntimeError("no kernel\nfor this shape")
+
+    broken = dataclasses.replace(provider(fails), name="broken")
+    rows = rows_of(broken, provider(F.cross_entropy))
+    assert [(row.status, row.message) for row in rows if row.provider == "broken"] == [
+        ("failed", "RuntimeError: no kernel")
+    ]
+    assert [row.status for row in rows if row.provider == "measured"] == ["ok"] * 5
+
+
+def test_one_that_fails_while_it_is_timed_is_not_asked_again() -> None:
+    calls = 0
+
+    def tires(logits: Tensor, target: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 4:  # the check, and three times for memory
+            raise RuntimeError("tired")
+        return F.cross_entropy(logits, target)
+
+    rows = rows_of(provider(tires))
+    assert [(row.mode, row.status) for row in rows] == [("forward", "failed")]
+
+
+def test_a_missing_package_is_named_and_the_rest_measured() -> None:
+    def missing() -> Any:
+        raise ImportError("No module named 'fast_losses'")
+
+    absent = Provider("absent", missing, cross_entropy_sum)
+    report = runner.run([CASE], ["fp32"], [absent, provider(F.cross_entropy)], SETTINGS, lambda _: None, lambda _: None)
+    assert report["missing"] == {"absent": "ImportError: No module named 'fast_losses'"}
+    assert {row.provider for row in report["results"]} == {runner.COPY, "measured"}
+
+
+def test_reasons_to_skip(monkeypatch: pytest.MonkeyPatch) -> None:
+    flat = provider(F.cross_entropy, rows_only=True)
+    (row,) = rows_of(flat, case=Case(2, 5, (3,)))
+    assert (row.status, row.message) == ("skipped", "takes (N, K) logits alone")
+    (row,) = rows_of(flat, settings=dataclasses.replace(SETTINGS, deadline=0.0))
+    assert (row.status, row.message) == ("skipped", "out of time")
+    monkeypatch.setattr(runner, "free_bytes", lambda device: 100)
+    (row,) = rows_of(flat)
+    assert row.status == "skipped" and "GB of memory" in row.message
+
+
+def test_logits_that_a_provider_overwrites_are_drawn_again() -> None:
+    """Without it the second provider, and every call after the first, would see gradients in place of logits."""
+    seen: list[Tensor] = []
+
+    class InPlace(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+            loss = F.cross_entropy(logits.detach(), target)
+            logits.data.copy_((logits.softmax(1) - F.one_hot(target, logits.shape[1])) / len(logits))
+            ctx.save_for_backward(logits)
+            return loss
+
+        @staticmethod
+        def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+            return ctx.saved_tensors[0] * upstream, None
+
+    def watched(logits: Tensor, target: Tensor) -> Tensor:
+        seen.append(logits.detach().clone())
+        return F.cross_entropy(logits, target)
+
+    first = dataclasses.replace(provider(InPlace.apply, overwrites=True), name="in place")
+    rows = rows_of(first, provider(watched))
+    assert {row.status for row in rows} == {"ok"}
+    assert {row.mode for row in rows if row.provider == "in place"} == {"forward", "both"}
+    drawn = timing.make_buffers(CASE, torch.float32, CPU).logits[0].detach()
+    assert torch.equal(seen[0], drawn) and torch.equal(seen[-1], drawn)
+
+
+def test_memory_counts_what_is_alive() -> None:
+    """Three tensors of the size of the logits: one is held, and beside it the gradient and a temporary at the peak."""
+
+    class Holds(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+            ctx.save_for_backward(logits.detach().clone())
+            return logits.new_zeros(())
+
+        @staticmethod
+        def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+            (held,) = ctx.saved_tensors
+            return held * 2 + upstream, None
+
+    logits = torch.randn(256, 1024, requires_grad=True)
+    found = resources.memory(Holds.apply, logits, torch.zeros(256, dtype=torch.long))
+    size = logits.numel() * 4
+    assert size <= found.held < size + 1000
+    assert 3 * size <= found.peak < 3 * size + 1000
+
+
+def test_quantiles() -> None:
+    assert timing.quantile([3.0, 1.0, 2.0], 0.5) == 2
+    assert timing.quantile([0.0, 10.0], 0.2) == pytest.approx(2)
+    assert timing.quantile([7.0], 0.8) == 7
+
+
+def test_truth_is_the_formula_in_float64() -> None:
+    logits = torch.randn(100, 6).requires_grad_()
+    target = torch.randint(6, (100,))
+    true = correctness.truth(cross_entropy_sum, logits, target)
+    exact = logits.detach().double().requires_grad_()
+    loss = F.cross_entropy(exact, target)
+    (gradient,) = torch.autograd.grad(loss, exact)
+    assert true.loss == pytest.approx(float(loss), rel=1e-12)
+    torch.testing.assert_close(true.gradient, gradient[true.picked], rtol=1e-12, atol=0)
+    assert len(true.picked) == correctness.ROWS
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict[str, Any]]:
+    """As of a GPU, in two dtypes: numbers made up, of every provider on a large, a small and a trailing case."""
+    found = []
+    for dtype in ("fp32", "bf16"):
+        for case in (Case(128, 10), Case(8192, 32000), Case(8192, 128256), Case(8, 21, (512, 512))):
+            for graph in (False, True):
+                for number, name in enumerate([runner.COPY, *(each.name for each in PROVIDERS)]):
+                    mode, upstream = (runner.COPY, None) if name == runner.COPY else ("both", 0.37)
+                    row = Row(
+                        provider=name, dtype=dtype, mode=mode, upstream=upstream, graph=graph, p50=100.0 + number,
+                        p20=90.0, p80=120.0, copy_share=0.9, peak_bytes=1000, held_bytes=10, gbps=1.0,
+                        **runner.about(case),
+                    )  # fmt: skip
+                    found.append(dataclasses.asdict(row))
+    return found
+
+
+def test_figures(results: list[dict[str, Any]], tmp_path: Path) -> None:
+    drawn = plots.figures(results)
+    assert set(drawn) == {"roofline", "speedup", "memory", "latency", "latency_graph"}
+    for name, figure in drawn.items():
+        assert [axes.get_title(loc="left") for axes in figure.axes] == ["fp32", "bf16"], name
+        plots.write(figure, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").read_bytes()[1:4] == b"PNG"
+    lines = {line.get_label(): line for line in drawn["roofline"].axes[0].lines}
+    assert list(lines["cross_entropy"].get_ydata()) == [0.9, 0.9, 0.9]  # 21, 32000 and 128256 classes
+    bars = drawn["speedup"].axes[0].patches
+    assert len(bars) == 4 * (len(PROVIDERS) - 1)
+    assert bars[0].get_height() == pytest.approx(101 / 102)
+
+
+def test_figures_of_one_passing_row(results: list[dict[str, Any]]) -> None:
+    """What was not measured is left out."""
+    failed = [dict(row, status="failed", p50=None, copy_share=None) for row in results]
+    assert plots.figures(failed) == {}
+
+
+def test_growth_measures_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growth, "SIZES", (10, 30))
+    output, figure = tmp_path / "growth.json", tmp_path / "growth.png"
+    growth.main(["--output", str(output), "--figure", str(figure), "--threads", "1", "--seconds", "0.001"])
+    measured = json.loads(output.read_text())["results"]
+    assert [(row["along"], row["rows"], row["classes"]) for row in measured[:: len(growth.LOSSES)]] == [
+        ("rows", 10, 100), ("rows", 30, 100), ("classes", 100, 10), ("classes", 100, 30),
+    ]  # fmt: skip
+    assert figure.read_bytes()[1:4] == b"PNG"
+
+
+def test_variants_stay_few() -> None:
+    """Of each kernel, whatever the number of classes: the committed count, here over one number in 97."""
+    report = json.loads((Path(startup.__file__).parent / "results" / "startup.json").read_text())
+    for name, rows in startup.ROWS.items():
+        some = startup.count(rows, 2, range(2, 300_001, 97))
+        for kernel, number in some.items():
+            assert number <= report["variants"]["bf16"][name][kernel] <= 24, (name, kernel)
+
+
+def test_variants_tell_what_triton_specializes_on() -> None:
+    assert [startup.specialization(number) for number in (1, 17, 32, 2**31, 2**31 + 1)] == [
+        "1", "32", "32D", "64D", "64",
+    ]  # fmt: skip
+
+
+def test_linear_losses_are_measured_and_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = linear.measure((16, 8, 50), CPU, threads=1, rounds=1, seconds=0.0)
+    status = {row["provider"]: row["status"] for row in rows}
+    assert status["Liger fused_linear_cross_entropy"] == status["cut_cross_entropy"] == "missing"
+    ours = [row for row in rows if row["provider"].startswith("linear_")]
+    assert [row["status"] for row in ours] == ["ok", "ok"]
+    assert all(row["error"] < 1e-5 and row["times"] > 0 for row in ours)
+
+
+def test_a_wrong_linear_loss_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = (lambda: lambda input, weight, target: F.cross_entropy(input @ weight.t(), target) * 1.01,
+             F.cross_entropy, False)  # fmt: skip
+    monkeypatch.setattr(linear, "PROVIDERS", {"wrong": wrong})
+    _, row = linear.measure((16, 8, 50), CPU, threads=1, rounds=1, seconds=0.0)
+    assert row["status"] == "wrong" and "times" not in row
+
+
+@pytest.mark.gpu
+def test_quick_suite_on_the_gpu(tmp_path: Path) -> None:
+    report = suite.main(["--quick", "--device", "cuda", "--output", str(tmp_path / "quick.json")])
+    ours = {name for each in PROVIDERS if "entropy" in (name := each.name) and not each.gpu_only}
+    rows = [row for row in report["results"] if row.provider in ours]
+    assert {row.status for row in rows} == {"ok"}, [row for row in rows if row.status != "ok"]
+    assert {row.graph for row in rows} == {False, True}
