@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 # One thread a test worker: with more, the workers' thread pools wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test fuzz test-gpu lint format compile-report bench-cpu bench-dispatch bench-linear bench-training numerics readme clean
+.PHONY: demo test fuzz test-gpu lint format compile-report bench-cpu bench-gpu bench-growth bench-startup \
+  bench-dispatch bench-linear bench-training numerics readme clean
 
 demo: $(VENV)/.installed  ## Fine-tune a transformer on BBC News with and without COT; table, PNG and JSON in demo-results/
 	$(BIN)/python -m examples.demo --output demo-results
@@ -31,8 +32,22 @@ format: $(VENV)/.installed
 compile-report: $(VENV)/.installed  ## Registers, spills and access widths of every kernel variant, without a GPU
 	$(BIN)/python -m benchmarks.compile_report --output benchmarks/results/compile_report.json
 
-bench-cpu: $(VENV)/.installed  ## The losses beside the published operations and F.cross_entropy, on this CPU
+bench-cpu: $(VENV)/.installed  ## The benchmark suite on this CPU, and its pictures
 	$(BIN)/python -m benchmarks --device cpu --output benchmarks/results/cpu.json
+	$(BIN)/python -m benchmarks.plots benchmarks/results/cpu.json --output docs/performance --prefix cpu_
+
+bench-gpu:  ## The benchmark suite on this GPU, in parts of less than ten minutes, with whatever Python is active
+	$(PYTHON) -m benchmarks --device cuda --part small --output benchmarks/results/gpu_small.json
+	$(PYTHON) -m benchmarks --device cuda --part tokens --output benchmarks/results/gpu_tokens.json
+	$(PYTHON) -m benchmarks.linear --device cuda --output benchmarks/results/gpu_linear.json
+	$(PYTHON) -m benchmarks.plots benchmarks/results/gpu_small.json benchmarks/results/gpu_tokens.json \
+	  --output docs/performance --prefix gpu_
+
+bench-growth: $(VENV)/.installed  ## How time and memory grow with rows and classes, on this CPU
+	$(BIN)/python -m benchmarks.growth --output benchmarks/results/growth.json --figure docs/performance/growth.png
+
+bench-startup: $(VENV)/.installed  ## What importing costs, and how many kernel variants class counts call for
+	$(BIN)/python -m benchmarks.startup --output benchmarks/results/startup.json
 
 bench-dispatch: $(VENV)/.installed  ## What the registered operators cost beside eager mode, on this CPU
 	$(BIN)/python -m benchmarks.dispatch --output benchmarks/results/dispatch.json

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"
     if on_gpu:
-        torch.cuda.set_device(device)  # kernels, streams and events are made on the current one
+        torch.cuda.set_device(device.index or 0)  # kernels, streams and events are made on the current one
     minutes = options.minutes if options.minutes is not None else GPU_MINUTES if on_gpu else math.inf
     settings = Settings(
         device,

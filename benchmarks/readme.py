@@ -12,6 +12,7 @@ from examples.demo import markdown_table
 
 ROOT = Path(__file__).parents[1]
 CPU_RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
+STARTUP_RESULTS = ROOT / "benchmarks" / "results" / "startup.json"
 DISPATCH_RESULTS = ROOT / "benchmarks" / "results" / "dispatch.json"
 LINEAR_RESULTS = ROOT / "benchmarks" / "results" / "linear.json"
 TRAINING_RESULTS = ROOT / "benchmarks" / "results" / "training.json"
@@ -30,6 +31,58 @@ def cpu_table() -> str:
     return ratio_table(times, report["environment"], CPU_RESULTS)
 
 
+# Forward and backward of complement_entropy, times faster than the published operations.
+CPU_GOALS = {"128 x 10": 1.3, "4096 x 100": 2.0, "1024 x 1000": 2.5, "512 x 32000": 6.0, "128 x 151936": 6.0}
+MEMORY_GOAL = 1 / 3
+BEATS_CROSS_ENTROPY = 32000  # from as many classes on, it should be faster than F.cross_entropy alone
+
+
+def goals_table() -> str:
+    report = json.loads(CPU_RESULTS.read_text())
+    rows = {
+        (row["case"], row["provider"]): row
+        for row in report["results"]
+        if (row["mode"], row["upstream"], row["status"]) == ("both", 1, "ok")
+    }
+    lines = [
+        "| rows x classes | published / ours, time | goal | F.cross_entropy / ours, time | goal "
+        "| ours / published, peak memory | goal |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for case, goal in CPU_GOALS.items():
+        names = ("published", "F.cross_entropy", "complement_entropy")
+        published, plain, ours = (rows[case, name] for name in names)
+        beats = "1" if ours["classes"] >= BEATS_CROSS_ENTROPY else ""
+        speed, beside = published["p50"] / ours["p50"], plain["p50"] / ours["p50"]
+        memory = ours["peak_bytes"] / published["peak_bytes"]
+        lines.append(f"| {case} | {speed:.2f} | {goal:g} | {beside:.2f} | {beats} | {memory:.2f} | {MEMORY_GOAL:.2f} |")
+    return "\n".join([*lines, "", cpu_note(report["environment"], CPU_RESULTS)])
+
+
+def cpu_note(about: dict[str, Any], results: Path) -> str:
+    source = results.relative_to(ROOT)
+    return f"{about['cpu']}, {threads(about)}, torch {about['torch']}, float32; `{source}`."
+
+
+def startup_table() -> str:
+    report = json.loads(STARTUP_RESULTS.read_text())
+    first, last = report["classes"]
+    rows = report["rows"]
+    lines = [
+        f"Importing torch and cot_kernels takes {report['import_ratio']:.2f} of the time of importing torch. Kernel "
+        f"variants that one loss compiles, forward and backward, over all class counts from {first} to {last:,}:",
+        "",
+        f"| | {rows['many']:,} rows | {rows['few']} rows |",
+        "|---|---:|---:|",
+    ]
+    for dtype, found in report["variants"].items():
+        counts = (sum(found[name].values()) for name in ("many", "few"))
+        lines.append(f"| {dtype} | {' | '.join(str(count) for count in counts)} |")
+    about = report["environment"]
+    note = f"Triton {about['triton']}, torch {about['torch']}, {about['cpu']}; `{STARTUP_RESULTS.relative_to(ROOT)}`."
+    return "\n".join([*lines, "", note])
+
+
 def dispatch_table() -> str:
     report = json.loads(DISPATCH_RESULTS.read_text())
     times = {f"{result['rows']} x {result['classes']}": result["microseconds"] for result in report["results"]}
@@ -43,9 +96,7 @@ def ratio_table(times: dict[str, dict[str, float]], about: dict[str, Any], resul
     for case, taken in times.items():
         ratios = (f"{taken[names[0]] / taken[name]:.2f}" if name in taken else "" for name in names)
         lines.append(f"| {case} | {' | '.join(ratios)} |")
-    source = results.relative_to(ROOT)
-    note = f"{about['cpu']}, {threads(about)}, torch {about['torch']}, float32; `{source}`."
-    return "\n".join([*lines, "", note])
+    return "\n".join([*lines, "", cpu_note(about, results)])
 
 
 def linear_table() -> str:
@@ -128,7 +179,7 @@ def streaming_reports() -> list[dict[str, Any]]:
 
 def kernel_table() -> str:
     lines = [
-        "| kernel | target | logits | registers | occupancy | KiB under way | executed a logit | special a logit | beside |",
+        "| kernel | target | logits | registers | occupancy | KiB under way | executed | special | beside |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for report in streaming_reports():
@@ -184,6 +235,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"cpu": cpu_table, "demo": demo_table},
     ROOT / "docs" / "pytorch.md": {"dispatch": dispatch_table},
     ROOT / "docs" / "kernels.md": {"kernels": kernel_table, "predictions": prediction_table},
+    ROOT / "docs" / "performance.md": {"goals": goals_table, "startup": startup_table},
     ROOT / "docs" / "linear.md": {"linear": linear_table},
     ROOT / "docs" / "training.md": {"training": training_table},
     ROOT / "docs" / "numerics.md": {"float32": float32_table, "half": half_table, "eps": eps_table},

@@ -207,6 +207,9 @@ class CaseRun:
                 errors["launches"] = resources.launches(lambda: step(0))
         except Exception as error:  # whatever another package raises, out of memory included
             return self.row(provider.name, "both", status="failed", message=message_of(error))
+        finally:
+            if provider.overwrites:
+                self.buffers.refill()
         return Ready(provider, loss, errors, memory)
 
     def _in_turn(self, ready: list[Ready]) -> Iterator[Row]:

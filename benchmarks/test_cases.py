@@ -22,7 +22,7 @@ CASES = PARTS["small"] + PARTS["tokens"] if DEVICE.type == "cuda" else PARTS["cp
 
 
 @pytest.mark.parametrize("provider", [each for each in PROVIDERS if "compiled" not in each.name], ids=lambda p: p.name)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", ""))
 def test_forward_and_backward(benchmark: Callable[..., Any], case: Case, provider: Provider) -> None:
     if provider.gpu_only and DEVICE.type != "cuda":
         pytest.skip("runs on a GPU only")

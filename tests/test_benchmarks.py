@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,11 +190,12 @@ def test_logits_that_a_provider_overwrites_are_drawn_again() -> None:
         return F.cross_entropy(logits, target)
 
     first = dataclasses.replace(provider(InPlace.apply, overwrites=True), name="in place")
-    rows = rows_of(first, provider(watched))
+    measured = runner.CaseRun(CASE, "fp32", SETTINGS, bandwidth=1.0)
+    rows = list(measured.rows([first, provider(watched)], lambda _: None))
     assert {row.status for row in rows} == {"ok"}
     assert {row.mode for row in rows if row.provider == "in place"} == {"forward", "both"}
-    drawn = timing.make_buffers(CASE, torch.float32, CPU).logits[0].detach()
-    assert torch.equal(seen[0], drawn) and torch.equal(seen[-1], drawn)
+    drawn = timing.make_buffers(CASE, torch.float32, CPU).logits[0]
+    assert torch.equal(seen[0], drawn) and torch.equal(measured.buffers.logits[0], drawn)
 
 
 def test_memory_counts_what_is_alive() -> None:
@@ -213,7 +216,7 @@ def test_memory_counts_what_is_alive() -> None:
     found = resources.memory(Holds.apply, logits, torch.zeros(256, dtype=torch.long))
     size = logits.numel() * 4
     assert size <= found.held < size + 1000
-    assert 3 * size <= found.peak < 3 * size + 1000
+    assert 3 * size <= found.peak < 3 * size + 4000
 
 
 def test_quantiles() -> None:
@@ -229,7 +232,7 @@ def test_truth_is_the_formula_in_float64() -> None:
     exact = logits.detach().double().requires_grad_()
     loss = F.cross_entropy(exact, target)
     (gradient,) = torch.autograd.grad(loss, exact)
-    assert true.loss == pytest.approx(float(loss), rel=1e-12)
+    assert true.loss == pytest.approx(float(loss.detach()), rel=1e-12)
     torch.testing.assert_close(true.gradient, gradient[true.picked], rtol=1e-12, atol=0)
     assert len(true.picked) == correctness.ROWS
 
@@ -289,7 +292,7 @@ def test_variants_stay_few() -> None:
     for name, rows in startup.ROWS.items():
         some = startup.count(rows, 2, range(2, 300_001, 97))
         for kernel, number in some.items():
-            assert number <= report["variants"]["bf16"][name][kernel] <= 24, (name, kernel)
+            assert number <= report["variants"]["bf16"][name][kernel] <= 32, (name, kernel)
 
 
 def test_variants_tell_what_triton_specializes_on() -> None:
@@ -315,7 +318,24 @@ def test_a_wrong_linear_loss_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> No
     assert row["status"] == "wrong" and "times" not in row
 
 
+def test_the_cases_run_under_pytest_benchmark() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks/test_cases.py",
+        "-q",
+        "--benchmark-disable",
+        "-k",
+        "128x10-",
+    ]
+    run = subprocess.run(command, cwd=Path(startup.__file__).parents[1], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert f"{len(PROVIDERS) - 3} passed, 2 skipped" in run.stdout, run.stdout[-500:]
+
+
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU")
 def test_quick_suite_on_the_gpu(tmp_path: Path) -> None:
     report = suite.main(["--quick", "--device", "cuda", "--output", str(tmp_path / "quick.json")])
     ours = {name for each in PROVIDERS if "entropy" in (name := each.name) and not each.gpu_only}
