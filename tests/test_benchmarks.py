@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import __main__ as suite
-from benchmarks import correctness, growth, linear, plots, resources, runner, startup, timing
+from benchmarks import correctness, growth, linear, resources, runner, startup, timing
 from benchmarks.cases import Case
 from benchmarks.providers import PROVIDERS, Provider
 from benchmarks.runner import Row, Settings
@@ -256,6 +256,7 @@ def results() -> list[dict[str, Any]]:
 
 
 def test_figures(results: list[dict[str, Any]], tmp_path: Path) -> None:
+    plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
     drawn = plots.figures(results)
     assert set(drawn) == {"roofline", "speedup", "memory", "latency", "latency_graph"}
     for name, figure in drawn.items():
@@ -269,13 +270,15 @@ def test_figures(results: list[dict[str, Any]], tmp_path: Path) -> None:
     assert bars[0].get_height() == pytest.approx(101 / 102)
 
 
-def test_figures_of_one_passing_row(results: list[dict[str, Any]]) -> None:
+def test_no_figures_without_points(results: list[dict[str, Any]]) -> None:
     """What was not measured is left out."""
+    plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
     failed = [dict(row, status="failed", p50=None, copy_share=None) for row in results]
     assert plots.figures(failed) == {}
 
 
 def test_growth_measures_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(growth, "SIZES", (10, 30))
     output, figure = tmp_path / "growth.json", tmp_path / "growth.png"
     growth.main(["--output", str(output), "--figure", str(figure), "--threads", "1", "--seconds", "0.001"])
@@ -319,6 +322,7 @@ def test_a_wrong_linear_loss_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_cases_run_under_pytest_benchmark() -> None:
+    pytest.importorskip("pytest_benchmark")
     command = [
         sys.executable,
         "-m",
