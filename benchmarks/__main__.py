@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import DTYPES, PARTS, Case
-from benchmarks.environment import environment
+from benchmarks.environment import device_argument, environment
 from benchmarks.progress import progress
 from benchmarks.providers import PROVIDERS
 from benchmarks.runner import Row, Settings, run
@@ -33,7 +33,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     names = [provider.name for provider in PROVIDERS]
     parser.add_argument("--output", type=Path, help="JSON file to write, after every case")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_argument, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--part", choices=("small", "tokens", "cpu", "all"), default="all", help="which cases")
     parser.add_argument("--quick", action="store_true", help="tiny cases, in seconds: does everything run?")
     parser.add_argument("--provider", choices=names, action="append", help="only this one (may be repeated)")
@@ -54,10 +54,8 @@ def cases_of(part: str, quick: bool, on_gpu: bool) -> tuple[Case, ...]:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
+    device: torch.device = options.device
     on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(device.index or 0)  # kernels, streams and events are made on the current one
     minutes = options.minutes if options.minutes is not None else GPU_MINUTES if on_gpu else math.inf
     settings = Settings(
         device,

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 import cot_kernels
 from benchmarks import timing
-from benchmarks.environment import environment
+from benchmarks.environment import device_argument, environment
 from benchmarks.progress import progress
 from benchmarks.runner import message_of
 from cot_kernels import reference
@@ -215,7 +215,7 @@ def timed(step: Step, tensors: tuple[Tensor, Tensor, Tensor], device: torch.devi
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_argument, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch on the CPU")
     parser.add_argument(
         "--case", type=int, nargs=3, action="append", metavar=("ROWS", "FEATURES", "CLASSES"), help="may be repeated"
@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.2, help="of a provider in a round, on a GPU")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
+    device: torch.device = options.device
     shapes = [tuple(case) for case in options.case or ()] or (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES)
     results: list[dict[str, Any]] = []
     with progress(len(shapes)) as advance:

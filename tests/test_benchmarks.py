@@ -338,6 +338,13 @@ def test_the_cases_run_under_pytest_benchmark() -> None:
     assert f"{len(PROVIDERS) - 3} passed, 2 skipped" in run.stdout, run.stdout[-500:]
 
 
+@pytest.mark.parametrize("name", ["nonsense", "cpu:1", "cuda:x", "cuda:99", ""])
+def test_a_device_that_cannot_be_measured_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        suite.main(["--quick", "--device", name])
+    assert f"argument --device: {name!r}: " in capsys.readouterr().err
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU")
 def test_quick_suite_on_the_gpu(tmp_path: Path) -> None:
