@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.providers import Loss
+
+REPETITIONS = 3  # of a count
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,15 @@ def memory(loss: Loss, logits: Tensor, target: Tensor) -> Memory:
         (gradient,) = torch.autograd.grad(loss(logits, target), logits)
         return gradient
 
-    held, forward_peak = count(forward)
-    _, peak = count(both)
+    held, forward_peak = _least(count(forward) for _ in range(REPETITIONS))
+    _, peak = _least(count(both) for _ in range(REPETITIONS))
     return Memory(held, forward_peak, peak)
+
+
+def _least(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Whatever else a process allocates meanwhile, in other threads or for good, only ever adds to a count."""
+    alive, peak = zip(*counts, strict=True)
+    return min(alive), min(peak)
 
 
 def _on_gpu(step: Callable[[], Tensor]) -> tuple[int, int]:

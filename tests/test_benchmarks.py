@@ -351,3 +351,15 @@ def test_quick_suite_on_the_gpu(tmp_path: Path) -> None:
     rows = [row for row in report["results"] if row.provider in ours]
     assert {row.status for row in rows} == {"ok"}, [row for row in rows if row.status != "ok"]
     assert {row.graph for row in rows} == {False, True}
+
+
+def test_memory_is_not_what_the_process_allocates_beside_a_loss() -> None:
+    """A module loaded late, a log that grows: counted once in some calls, and so no provider's memory."""
+    log: list[bytes] = []
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        log.append(bytes(10 if len(log) % 2 else 100_000))
+        return F.cross_entropy(logits, target)
+
+    found = resources.memory(loss, torch.randn(16, 10, requires_grad=True), torch.randint(10, (16,)))
+    assert 0 < found.held < found.peak < 50_000
