@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread a test worker: with more, the workers' thread pools wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test fuzz test-gpu lint format compile-report bench-cpu bench-gpu bench-growth bench-startup \
+.PHONY: demo test study study-quick fuzz test-gpu lint format compile-report bench-cpu bench-gpu bench-growth bench-startup \
   bench-dispatch bench-linear bench-training numerics readme clean
 
 demo: $(VENV)/.installed  ## Fine-tune a transformer on BBC News with and without COT; table, PNG and JSON in demo-results/
@@ -13,6 +13,12 @@ demo: $(VENV)/.installed  ## Fine-tune a transformer on BBC News with and withou
 
 test: $(VENV)/.installed  ## The whole suite; kernels run in Triton's interpreter where there is no GPU
 	$(PYTEST) -n 2 --dist worksteal
+
+study: $(VENV)/.installed  ## Does it help? Thirteen ways to train on six tasks, hours; goes on where it was interrupted
+	$(BIN)/python -m study --output study-results
+
+study-quick: $(VENV)/.installed  ## The same on so little that it takes minutes and its figures mean nothing
+	$(BIN)/python -m study --quick --output study-results/quick
 
 fuzz: $(VENV)/.installed  ## New random cases, some 25,000: losses against the formula, and garbage in every argument
 	$(PYTEST) -n 2 --dist worksteal --hypothesis-profile=fuzz tests/test_properties.py tests/test_garbage.py

@@ -1,0 +1,381 @@
+"""The evidence study: recipes and measures against independent ones, what is kept, and the whole in one command."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+pytest.importorskip("rich")
+pytest.importorskip("scipy")
+pytest.importorskip("mnist1d")
+
+from cot_kernels import reference
+from study import __main__ as program
+from study import cost, figures, report
+from study.data import Data, Part, few_of_each
+from study.methods import CONFIGURATIONS, METHODS, Recipe, Step, confidence_penalty, cross_entropy, focal
+from study.metrics import evaluate, predict, score
+from study.runs import FULL, QUICK, Machine, Result, Run, Settings, Store, chosen, final, search
+from study.tasks import TASKS, Task
+from study.training import Training
+
+METHOD_NAMES = list(METHODS)
+
+
+def small_task(**changes: Any) -> Task:
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    made = Task("small", "small", "", 4, lambda _: small_data(), network, "sgd", 0.1, 3, 10, (0.1, 0.2))
+    return dataclasses.replace(made, **changes)
+
+
+def small_part(size: int = 40, seed: int = 0) -> Part:
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(4, (size,), generator=generator)
+    inputs = F.one_hot(target, 6) + 0.5 * torch.randn(size, 6, generator=generator)
+    return Part((inputs,), target)
+
+
+def small_data() -> Data:
+    return Data(small_part(40, 0), small_part(30, 1), small_part(20, 2))
+
+
+# ------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # before the first second step
+def test_two_steps_are_those_of_a_plain_loop(optimizer: Any, separate: bool, every: int) -> None:
+    task, part = small_task(optimizer=optimizer, rate=0.05), small_part()
+
+    def complement(logits: Tensor, target: Tensor) -> Tensor:
+        return reference.complement_entropy(logits, target)
+
+    recipe = Recipe((Step(cross_entropy), Step(complement, separate, rate=0.5 if separate else 1.0, every=every)))
+    training = Training(task, part, recipe, 0.05, seed=3, epochs=3)
+    plain = copy.deepcopy(training.network)
+    training.run()
+
+    def make(rate: float) -> torch.optim.Optimizer:
+        if optimizer == "sgd":
+            return torch.optim.SGD(plain.parameters(), rate, momentum=0.9)
+        return torch.optim.AdamW(plain.parameters(), rate, weight_decay=0.0)
+
+    first = make(0.05)
+    second = make(0.025) if separate else first
+    order, batches, taken = torch.Generator().manual_seed(3), 12, 0
+    for _ in range(3):
+        permuted = torch.randperm(40, generator=order)
+        for start in range(0, 40, 10):
+            index = permuted[start : start + 10]
+            warm = 0.05 * batches
+            factor = (taken + 1) / (warm + 1)
+            if taken >= warm:
+                factor = 0.5 * (1 + math.cos(math.pi * (taken - warm) / (batches - warm)))
+            taken += 1
+            for group in first.param_groups:
+                group["lr"] = 0.05 * factor
+            first.zero_grad()
+            F.cross_entropy(plain(part.inputs[0][index]), part.target[index]).backward()
+            first.step()
+            if taken % every == 0:
+                for group in second.param_groups:
+                    group["lr"] = (0.025 if separate else 0.05) * factor
+                second.zero_grad()
+                reference.complement_entropy(plain(part.inputs[0][index]), part.target[index]).backward()
+                second.step()
+    for ours, theirs in zip(training.network.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_methods_of_a_seed_start_alike_and_see_the_same_batches() -> None:
+    task, part = small_task(), small_part()
+    trainings = [
+        Training(task, part, METHODS[name].recipe(0.5, "sgd"), 0.1, seed=5, epochs=2) for name in ("ce", "cot", "gce")
+    ]
+    orders = [torch.cat(list(training.order())) for training in trainings]
+    weights = [nn.utils.parameters_to_vector(training.network.parameters()) for training in trainings]
+    assert all(torch.equal(orders[0], order) for order in orders)
+    assert all(torch.equal(weights[0], vector) for vector in weights)
+    twice = Training(task, part, METHODS["ce_twice"].recipe(0.0, "sgd"), 0.1, seed=5, epochs=2)
+    assert twice.batches == 2 * trainings[0].batches
+    assert torch.equal(torch.cat(list(twice.order()))[: len(orders[0])], orders[0])
+
+
+def test_weight_decay_reaches_the_optimizer() -> None:
+    ends = []
+    for strength in (0.0, 0.5):
+        recipe = METHODS["weight_decay"].recipe(strength, "sgd")
+        network = Training(small_task(), small_part(), recipe, 0.1, seed=0, epochs=3).run()
+        ends.append(nn.utils.parameters_to_vector(network.parameters()).norm().item())
+    assert ends[1] < 0.9 * ends[0]
+
+
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_every_method_learns(name: str) -> None:
+    method, part = METHODS[name], small_part(200)
+    recipe = method.recipe(method.strengths[len(method.strengths) // 2], "sgd")
+    training = Training(small_task(epochs=20), part, recipe, 1.0 if name == "gce" else 0.1, seed=0, epochs=20)
+    assert evaluate(training.run(), part, small_task(), attacked=False)["score"] > 0.8
+
+
+# ------------------------------------------------------------------------------------------- criteria
+
+
+def logits_and_target() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(12, 5, generator=generator, dtype=torch.float64)
+    target = torch.randint(5, (12,), generator=generator)
+    target[[2, 7]] = -100
+    return logits.requires_grad_(), target
+
+
+def test_confidence_penalty() -> None:
+    logits, target = logits_and_target()
+    rows = target >= 0
+    entropy = torch.distributions.Categorical(logits=logits[rows]).entropy().mean()
+    expected = F.cross_entropy(logits[rows], target[rows]) - 0.3 * entropy
+    torch.testing.assert_close(confidence_penalty(logits, target, weight=0.3), expected)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_focal(gamma: float) -> None:
+    logits, target = logits_and_target()
+    rows = target >= 0
+    right = logits[rows].softmax(dim=1).gather(1, target[rows, None])
+    torch.testing.assert_close(focal(logits, target, gamma), ((1 - right) ** gamma * -right.log()).mean())
+
+
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_gradients_are_finite_on_certain_and_ignored_rows(name: str) -> None:
+    logits, target = logits_and_target()
+    certain = (100 * F.one_hot(target.clamp_min(0), 5)).double().requires_grad_()
+    method = METHODS[name]
+    for strength in method.strengths:
+        for step in method.recipe(strength, "sgd").steps:
+            for each in (logits, certain):
+                (gradient,) = torch.autograd.grad(step.criterion(each, target), each)
+                assert gradient.isfinite().all()
+                assert not gradient[target < 0].any()
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_every_method_has_as_many_configurations(kind: Any) -> None:
+    assert {len(set(method.configurations(kind))) for method in METHODS.values()} == {CONFIGURATIONS}
+
+
+# ------------------------------------------------------------------------------------------- measures
+
+
+def test_measures_of_known_logits() -> None:
+    class Given(nn.Module):
+        def forward(self, rows: Tensor) -> Tensor:
+            return rows
+
+    logits, target = logits_and_target()
+    part = Part((logits.detach(),), target)
+    found = evaluate(Given(), part, small_task(classes=5), attacked=False)
+    rows, classes = logits.detach()[target >= 0], target[target >= 0]
+    assert found["score"] == pytest.approx((rows.argmax(1) == classes).double().mean().item())
+    assert found["nll"] == pytest.approx(F.cross_entropy(rows, classes).item())
+    wrong = rows.masked_fill(F.one_hot(classes, 5).bool(), -math.inf)
+    q = wrong.softmax(dim=1)
+    expected = -torch.special.xlogy(q, q).sum(1).mean().item()
+    assert found["complement_entropy"] == pytest.approx(expected)
+    p, right = (each.numpy() for each in (rows.softmax(1).amax(1), rows.argmax(1) == classes))
+    bins = np.minimum((p * 15).astype(int), 14)
+    gaps = [abs(right[bins == b].mean() - p[bins == b].mean()) * (bins == b).mean() for b in set(bins)]
+    assert found["calibration_error"] == pytest.approx(sum(gaps), abs=1e-6)
+
+
+def test_f1_pools_all_classes_but_the_first() -> None:
+    target = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3])
+    found = torch.tensor([0, 0, 2, 1, 0, 2, 3, 1])
+    task = small_task(score="f1")
+    precision, recall = 3 / 5, 3 / 5
+    assert score(F.one_hot(found).double(), target, task) == pytest.approx(
+        2 * precision * recall / (precision + recall)
+    )
+    assert score(torch.zeros(8, 4).double(), target, task) == 0.0
+    assert score(torch.eye(4).double()[:1], target[:1], task) == 0.0  # none there, none found
+
+
+def test_attacks_move_each_input_by_their_strength_and_raise_the_loss() -> None:
+    part = small_part(60)
+    network = Training(small_task(), part, METHODS["ce"].recipe(0.0, "sgd"), 0.1, 0, epochs=5).run()
+    losses = [F.cross_entropy(*predict(network, part, attack=strength)).item() for strength in (0.0, 0.1, 0.3)]
+    assert losses[0] < losses[1] < losses[2]
+    seen: list[Tensor] = []
+    network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    predict(network, part, attack=0.1)
+    torch.testing.assert_close((seen[-1] - part.inputs[0]).abs(), torch.full_like(part.inputs[0], 0.1))
+    found = evaluate(network, part, small_task(), attacked=True)
+    assert found["score"] >= found["score_attack_1"] >= found["score_attack_2"]
+
+
+def test_a_network_without_finite_logits_says_nothing() -> None:
+    class Broken(nn.Module):
+        def forward(self, rows: Tensor) -> Tensor:
+            return rows[:, :4] * math.nan
+
+    found = evaluate(Broken(), small_part(), small_task(), attacked=True)
+    assert found["diverged"] == 1 and found["nll"] == pytest.approx(math.log(4))
+    assert all(math.isfinite(value) for value in found.values())
+
+
+# ----------------------------------------------------------------------------------- choosing, keeping
+
+
+def a_result(method: str, stage: Any, rate: float, seed: int, score: float, nll: float = 1.0) -> Result:
+    figures = dict.fromkeys(report.MEASURES, 0.0) | {"score": score, "nll": nll, "diverged": 0.0}
+    return Result(Run("digits", method, stage, rate, 0.0, seed), figures)
+
+
+def test_the_best_on_the_validation_part_is_chosen_and_equals_by_their_loss() -> None:
+    results = [
+        a_result("ce", "search", 0.1, 1000, 0.9),
+        a_result("ce", "search", 0.1, 1001, 0.7),
+        a_result("ce", "search", 1.0, 1000, 0.8, nll=0.5),
+        a_result("ce", "search", 1.0, 1001, 0.82, nll=0.5),
+        a_result("ce", "search", 3.0, 1000, 0.81, nll=0.4),
+        a_result("ce", "search", 3.0, 1001, 0.81, nll=0.4),
+        a_result("ce", "test", 10.0, 0, 1.0),  # no matter what the test says
+    ]
+    assert chosen(results) == {("digits", "ce"): (3.0, 0.0)}
+    runs = final(chosen(results), FULL)
+    assert {run.rate for run in runs} == {3.0} and len(runs) >= 10
+    assert not {run.seed for run in runs} & set(FULL.search_seeds)
+
+
+def test_runs_are_kept_and_not_made_again(tmp_path: Path) -> None:
+    file = tmp_path / "runs.jsonl"
+    store = Store(file, QUICK)
+    first, second = (a_result("ce", "search", rate, 1000, 0.123456789) for rate in (0.1, 1.0))
+    store.add(first)
+    with file.open("a") as stream:
+        stream.write('{"task": "digits", "meth')  # the program was ended in the middle
+    again = Store(file, QUICK)
+    assert again.missing([first.run, second.run]) == [second.run]
+    again.add(second)
+    kept = Store(file, QUICK)
+    assert kept.missing([first.run, second.run]) == []
+    assert kept.results[first.run].figures["score"] == 0.123457
+    with pytest.raises(ValueError, match="other settings"):
+        Store(file, FULL)
+
+
+def test_a_run_gives_the_same_twice(tmp_path: Path) -> None:
+    run = Run("digits", "cot", "test", 1.0, 0.0, 0)
+    one, other = (Machine(QUICK, tmp_path, "cpu").result(run) for _ in range(2))
+    assert one == other
+
+
+# ----------------------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist1d", "generated100", "generated1000"])
+def test_parts_share_no_example(name: str) -> None:
+    data = TASKS[name].load(None)
+    rows = [set(map(bytes, part.inputs[0].flatten(1).numpy())) for part in data]
+    assert not rows[0] & rows[1] and not rows[0] & rows[2] and not rows[1] & rows[2]
+    assert all(part.target.unique().numel() == TASKS[name].classes for part in data[:1])
+    assert all(int(part.target.max()) < TASKS[name].classes for part in data)
+
+
+def test_few_of_each_class_and_others_for_another_seed() -> None:
+    part = small_part(100)
+    few = few_of_each(part, 3, seed=0)
+    assert few.target.bincount().tolist() == [3, 3, 3, 3]
+    assert torch.equal(few.inputs[0], few_of_each(part, 3, seed=0).inputs[0])
+    assert not torch.equal(few.inputs[0], few_of_each(part, 3, seed=1).inputs[0])
+
+
+# --------------------------------------------------------------------------------------------- report
+
+
+def test_intervals_are_those_of_student() -> None:
+    from scipy.stats import ttest_1samp
+
+    values = [0.3, 0.1, 0.4, 0.15, 0.9]
+    found, expected = report.interval(values), ttest_1samp(values, 0).confidence_interval(0.95)
+    assert found["mean"] - found["half_width"] == pytest.approx(expected.low)  # type: ignore[operator]
+    assert found["mean"] + found["half_width"] == pytest.approx(expected.high)  # type: ignore[operator]
+    assert report.interval([1.5]) == {"mean": 1.5, "half_width": None}
+
+
+def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs.jsonl", QUICK)
+    for method, gain in (("ce", 0.0), ("cce", 0.05)):
+        store.add(a_result(method, "search", 1.0, 1000, 0.5))
+        for seed, base in enumerate((0.2, 0.5, 0.8)):
+            store.add(a_result(method, "test", 1.0, seed, base + gain))
+        store.add(a_result(method, "test", 3.0, 9, 0.0))  # not what was chosen
+    made = report.build(store, QUICK, {"digits": {"ce": [2.0, 1.0, 3.0], "cce": [2.2, 2.0, 2.1]}}, {})
+    (task,) = made["tasks"]
+    ce, cce = task["methods"]
+    assert cce["score_minus_ce"]["mean"] == pytest.approx(0.05)
+    assert cce["score_minus_ce"]["half_width"] == pytest.approx(0, abs=1e-12)
+    assert cce["score"]["half_width"] > 0.5 and cce["seeds"] == 3
+    assert (ce["time_ratio"], cce["time_ratio"]) == (1.0, 1.05)
+    assert cost.ratios({"cce": [1.0]}, "ce") == {}
+
+
+# ---------------------------------------------------------------------------------------- the command
+
+
+def test_everything_in_one_quick_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All tasks and methods; then a second call that trains nothing and says the same."""
+    command = ["--quick", "--workers", "1", "--output", str(tmp_path)]
+    program.main(command)
+    shown = capsys.readouterr().out
+    made = json.loads((tmp_path / "study.json").read_text())
+    assert [task["task"] for task in made["tasks"]] == list(TASKS)
+    for task in made["tasks"]:
+        assert task["label"] in shown
+        assert [row["method"] for row in task["methods"]] == METHOD_NAMES
+        for row in task["methods"]:
+            assert row["seeds"] == len(QUICK.test_seeds) and row["time_ratio"] > 0
+            assert set(report.MEASURES) <= set(row) and "score_minus_ce_twice" in row
+    for picture in ("gains.png", "weights.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
+    kept = (tmp_path / "runs.jsonl").read_text()
+    program.main([*command, "--task", "digits"])
+    assert (tmp_path / "runs.jsonl").read_text() == kept
+    assert len(search(TASKS, METHODS, QUICK)) == len(TASKS) * len(METHODS) * 2
+    for picture in figures.draw(made, tmp_path / "again"):
+        assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workers", "0"], "--workers must be at least 1, got 0"),
+        (["--task", "imagenet"], "invalid choice: 'imagenet'"),
+        (["--device", "tpu"], "expected cpu, cuda"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as raised:
+        program.main([*arguments, "--output", str(tmp_path)])
+    assert raised.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_results_of_other_settings_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Store(tmp_path / "runs.jsonl", Settings(test_seeds=(7,)))
+    with pytest.raises(SystemExit):
+        program.main(["--quick", "--output", str(tmp_path)])
+    assert "name another folder with --output" in capsys.readouterr().err
