@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.environment import device_argument, environment
 
-from . import cost, figures, report, work
+from . import cost, figures, report, tables, work
 from .methods import METHODS
 from .runs import FULL, QUICK, Settings, Store, chosen, final, search
 from .tasks import TASKS
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = report.build(store, settings, seconds, environment(1, options.device))
     report.write(found, options.output / "study.json")
     pictures = figures.draw(found, options.output)
-    for table in report.tables(found):
+    for table in tables.for_terminal(found):
         console.print(table)
     console.print(f"{options.output / 'study.json'}, {', '.join(str(each) for each in pictures)}")
 

@@ -128,12 +128,12 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "label_smoothing", "label smoothing", "cross-entropy to targets that are part uniform", _label_smoothing,
-            (0.05, 0.1, 0.2, 0.3, 0.4), RATES, "smoothing",
+            (0.05, 0.1, 0.2, 0.4, 0.6), RATES, "smoothing",
         ),
         Method(
             "confidence_penalty", "confidence penalty", "cross-entropy minus a multiple of the entropy",
             lambda strength, _: one_step(confidence_penalty, weight=strength),
-            (0.1, 0.2, 0.4, 0.8, 1.6), RATES, "weight",
+            (0.2, 0.5, 1.0, 2.0, 4.0), RATES, "weight",
         ),
         Method(
             "focal", "focal loss", "cross-entropy weighted by a power of 1 - p of the target",

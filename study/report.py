@@ -1,17 +1,15 @@
-"""What the runs say: means with intervals, paired differences, choices, curves; and the tables."""
+"""What the runs say: means with intervals, paired differences, choices, curves."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
 from scipy.stats import t as student
 
 from . import cost
@@ -126,50 +124,3 @@ def _curve(results: Iterable[Result]) -> list[dict[str, float]]:
 
 def write(report: Report, file: Path) -> None:
     file.write_text(json.dumps(report, indent=1) + "\n")
-
-
-# --------------------------------------------------------------------------------------------- tables
-
-
-def number(value: Mapping[str, float | None], factor: float, digits: int, signed: bool = False) -> str:
-    """A mean and half its interval."""
-    mean, half = value["mean"], value["half_width"]
-    assert mean is not None
-    text = f"{factor * mean + 0.0:{'+' if signed else ''}.{digits}f}"
-    return text if half is None else f"{text} ± {factor * half:.{digits}f}"
-
-
-Column = tuple[str, Callable[[Mapping[str, Any]], str]]
-
-
-def of(measure: str, factor: float, digits: int, signed: bool = False) -> Callable[[Mapping[str, Any]], str]:
-    return lambda row: number(row[measure], factor, digits, signed) if measure in row else ""
-
-
-def _chosen(row: Mapping[str, Any]) -> str:
-    return f"{row['strength']:g}" if row["strength_is"] else ""
-
-
-COLUMNS: tuple[Column, ...] = (
-    ("chosen", _chosen),
-    ("score, %", of("score", 100, 1)),
-    ("to CE", of("score_minus_ce", 100, 1, signed=True)),
-    ("to CE twice", of("score_minus_ce_twice", 100, 1, signed=True)),
-    ("NLL", of("nll", 1, 3)),
-    ("calibration error, %", of("calibration_error", 100, 1)),
-    ("attack 1, %", of("score_attack_1", 100, 1)),
-    ("attack 2, %", of("score_attack_2", 100, 1)),
-    ("complement entropy", of("complement_entropy", 1, 2)),
-    ("time", lambda row: "" if row["time_ratio"] is None else f"{row['time_ratio']:.2f}"),
-)
-
-
-def tables(report: Report) -> Iterable[Table]:
-    for task in report["tasks"]:
-        made = Table(title=f"{task['label']} ({task['score']}): {task['about']}", box=box.SIMPLE_HEAD, pad_edge=False)
-        made.add_column("method")
-        for heading, _ in COLUMNS:
-            made.add_column(heading, justify="right")
-        for row in task["methods"]:
-            made.add_row(row["label"], *(cell(row) for _, cell in COLUMNS))
-        yield made

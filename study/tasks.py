@@ -37,11 +37,11 @@ TASKS: dict[str, Task] = {
     for task in (
         Task(
             "digits", "digits", "scikit-learn's 8 x 8 images, 300 to learn from; two convolutions",
-            10, numeric.digits, numeric.digits_network, "sgd", 0.03, 30, 30, (0.05, 0.1),
+            10, numeric.digits, numeric.digits_network, "sgd", 0.1, 30, 30, (0.05, 0.1),
         ),
         Task(
             "mnist1d", "MNIST-1D", "signals of 40 values, 4,000 to learn from; three convolutions",
-            10, numeric.mnist1d, numeric.mnist1d_network, "sgd", 0.1, 30, 100, (0.05, 0.1),
+            10, numeric.mnist1d, numeric.mnist1d_network, "sgd", 0.2, 30, 100, (0.05, 0.1),
         ),
         Task(
             "bbc", "BBC News, 8 shots", "8 articles a topic; MiniLM's last layer and a head",
@@ -63,7 +63,7 @@ TASKS: dict[str, Task] = {
             "generated1000", "generated, K = 1000",
             "Gaussians in families of ten, 20,000 to learn from; two hidden layers",
             1000, functools.partial(numeric.generated, 1000, 20000, 4000, 8000),
-            functools.partial(numeric.generated_network, 1000), "sgd", 0.2, 8, 250, (0.05, 0.1),
+            functools.partial(numeric.generated_network, 1000), "sgd", 0.3, 8, 250, (0.05, 0.1),
         ),
     )
 }  # fmt: skip
