@@ -217,15 +217,29 @@ def loss(
         logits: (N, K) or (N, K, D), any strides.
         target: (N) or (N, D), integers.
     """
+    if 0 < logits.numel() <= FEW_ELEMENTS and logits.is_cpu:
+        return _loss_of_few(logits, target, ignore_index, objective, reduction)
     index, ignored, target_logit = _read_targets(logits, target, ignore_index)
-    count = index.numel() if ignored is None else ignored.numel() - int(ignored.sum())
+    count = index.numel() if ignored is None else index.numel() - int(ignored.sum())
     if reduction == "mean" and count:
         objective = objective.scaled(1 / count)
-    if 0 < logits.numel() <= FEW_ELEMENTS and logits.is_cpu:
-        row_loss, grad = few.value_and_gradient(logits, index, target_logit, objective, FLOOR)
-        return _reduce(row_loss, ignored, count, reduction), (grad, ignored)
     row_loss, shift, coefficients = _many(logits, index, target_logit, objective)
     return _reduce(row_loss, ignored, count, reduction), (index, ignored, shift, coefficients)
+
+
+def _loss_of_few(
+    logits: Tensor, target: Tensor, ignore_index: int, objective: Objective, reduction: str
+) -> tuple[Tensor, Saved]:
+    classes, ignored = few.plain_classes(target, logits.shape[1], ignore_index), None
+    if classes is None:
+        index, ignored, _ = _read_targets(logits, target, ignore_index)
+        classes = index.numpy()
+    count = classes.size if ignored is None else classes.size - int(ignored.sum())
+    if reduction == "mean" and count:
+        objective = objective.scaled(1 / count)
+    row_loss, grad = few.value_and_gradient(logits, classes, objective, FLOOR)
+    loss = few.reduced(row_loss, ignored, reduction, (target.shape[0], 1, *target.shape[1:]))
+    return (loss if count or reduction != "mean" else loss.fill_(torch.nan)), (grad, ignored)
 
 
 def gradient(logits: Tensor, saved: Saved, upstream: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ kept.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -60,31 +61,40 @@ def _some_empty(shift: Any, floor: float) -> bool:
     return bool(np.fmin.reduce(shift, None) <= floor)  # NaN passes by
 
 
-def value_and_gradient(
-    logits: Tensor, index: Tensor, target_logit: Tensor, objective: Objective, floor: float
-) -> tuple[Tensor, Tensor]:
-    """Row losses, shaped like the index, and the gradient of their sum.
+def plain_classes(target: Tensor, num_classes: int, ignore_index: int) -> Any | None:
+    """The targets as an array of 64-bit integers, where each is a class and none ignored; else None."""
+    if 0 <= ignore_index < num_classes:
+        return None
+    classes = (target if target.dtype is torch.int64 else target.long()).numpy()
+    # Read as unsigned, a negative one is huge: one reduction finds both kinds.
+    return classes if np.maximum.reduce(classes.view(np.uint64), None) < num_classes else None
+
+
+def value_and_gradient(logits: Tensor, classes: Any, objective: Objective, floor: float) -> tuple[Any, Tensor]:
+    """Row losses, an array (N) or (N D), and the gradient of their sum.
 
     Args:
         logits: (N, K) or (N, K, D) on the CPU, not empty, any strides.
-        index: the target of each row, (N, 1) or (N, 1, D), within [0, K).
-        target_logit: the logit of each target, shaped like the index.
+        classes: the target of each row, an array of 64-bit integers within [0, K) of N or N D entries, any shape.
         floor: a logit at or below it has probability zero.
 
     Returns:
         Both in the accumulation dtype: in half precision the gradient could underflow before it is scaled.
     """
-    z = logits.to(accumulation_dtype(logits.dtype)).numpy(force=True).swapaxes(0, 1)  # classes first
-    num_classes, num_rows = len(z), index.numel()
+    dtype = accumulation_dtype(logits.dtype)
+    z = (logits if logits.dtype is dtype else logits.to(dtype)).numpy(force=True).swapaxes(0, 1)  # classes first
+    num_classes, num_rows = len(z), classes.size
     # NumPy reduces short rows slowly: of many short rows, the same class of all rows lies together.
     together = num_rows >= num_classes
     flat = np.empty((num_classes, num_rows) if together else (num_rows, num_classes), z.dtype)
     d = flat if together else flat.T
     of_row, of_class = (1, num_rows) if together else (num_classes, 1)
-    at = index.numpy().reshape(-1) * of_class
+    at = classes.reshape(-1) * of_class
     at += np.arange(0, num_rows * of_row, of_row)
     with np.errstate(all="ignore"):
-        np.maximum(z, z.dtype.type(floor), out=d.reshape(z.shape))
+        np.copyto(d.reshape(z.shape), z)
+        z_g = flat.take(at)
+        np.maximum(d, z.dtype.type(floor), out=d)
         flat.put(at, floor)
         # NumPy's maximum along rows takes three times as long as PyTorch's.
         shift = np.maximum.reduce(d, 0) if together else torch.from_numpy(flat).amax(1).numpy()
@@ -94,11 +104,21 @@ def value_and_gradient(
             weights *= shift > floor
         total = np.add.reduce(weights, 0)
         moment = np.add.reduce(d * weights, 0)
-        z_g = target_logit.to(accumulation_dtype(logits.dtype)).numpy(force=True).reshape(-1)
         rows = finish(objective, shift, total, moment, z_g, floor)
         d *= rows.slope
         d += rows.offset
         d *= weights
         flat.put(at, rows.at_target)
     grad = np.ascontiguousarray(d.reshape(z.shape).swapaxes(0, 1))
-    return torch.from_numpy(rows.loss.reshape(index.shape)), torch.from_numpy(grad)
+    return rows.loss, torch.from_numpy(grad)
+
+
+def reduced(row_loss: Any, ignored: Tensor | None, reduction: str, shape: Iterable[int]) -> Tensor:
+    """The losses in a shape, or their sum; of the mean's, already scaled, the mean. Those of ignored rows are 0."""
+    if ignored is not None:
+        row_loss[ignored.numpy().reshape(-1)] = 0
+    if reduction == "none":
+        return torch.from_numpy(row_loss.reshape(shape))
+    total = np.empty((), row_loss.dtype)
+    np.add.reduce(row_loss, 0, None, total)
+    return torch.from_numpy(total)
