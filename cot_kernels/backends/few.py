@@ -120,5 +120,5 @@ def reduced(row_loss: Any, ignored: Tensor | None, reduction: str, shape: Iterab
     if reduction == "none":
         return torch.from_numpy(row_loss.reshape(shape))
     total = np.empty((), row_loss.dtype)
-    np.add.reduce(row_loss, 0, None, total)
+    np.add.reduce(row_loss, 0, out=total)
     return torch.from_numpy(total)
