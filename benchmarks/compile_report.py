@@ -55,7 +55,9 @@ class Layout:
 
 LAYOUTS = (
     Layout("short", 1000),
-    Layout("short, odd", 10, aligned=False),
+    Layout("few", 10),
+    Layout("short, odd", 1001),
+    Layout("short, unequal heads", 1001, aligned=False),
     Layout("medium", 4096),
     Layout("long", 128256),
     Layout("long, odd", 50257),
@@ -70,7 +72,7 @@ MOVED = {"statistics": 1, "gradient": 2, "value_and_gradient": 2}
 STREAMING = tuple(MOVED)
 
 # How the logits of a chunk lie, which the package has laid out itself: every row begins on a boundary.
-PRIVATE = ("short", "medium", "long")
+PRIVATE = ("few", "short", "short, odd", "medium", "long")
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def source_of(variant: Variant) -> tuple[ASTSource, dict[str, int]]:
             kernel = statistics.statistics_kernel
             constants = {
                 "OBJECTIVE": twin, "REDUCES": variant.reduces, "SPLIT": variant.split, "ROWS": tile.rows,
-                "LANES": tile.lanes, "VEC": tile.vec, "ALIGN": tile.align,
+                "LANES": tile.lanes, "VEC": tile.vec, "ALIGN": tile.align, "HEADS": tile.heads,
             }  # fmt: skip
         elif variant.kernel == "merge":
             kernel, warps = statistics.merge_kernel, 4
@@ -181,11 +183,14 @@ def source_of(variant: Variant) -> tuple[ASTSource, dict[str, int]]:
             kernel = value_and_gradient.value_and_gradient_kernel
             constants = {
                 "OBJECTIVE": twin, "HAS_UPSTREAM": False, "GRADIENT": True, "ROWS": tile.rows,
-                "LANES": tile.lanes, "VEC": tile.vec, "ALIGN": tile.align,
+                "LANES": tile.lanes, "VEC": tile.vec, "ALIGN": tile.align, "HEADS": tile.heads,
             }  # fmt: skip
         else:
             kernel = gradient.gradient_kernel
-            constants = {"HAS_FACTOR": variant.reduces, "ROWS": tile.rows, "BLOCK": tile.block, "ALIGN": tile.align}
+            constants = {
+                "HAS_FACTOR": variant.reduces, "ROWS": tile.rows, "BLOCK": tile.block, "VEC": tile.vec,
+                "ALIGN": tile.align, "HEADS": tile.heads,
+            }  # fmt: skip
     # What Triton finds to be 1 at a launch becomes a constant: the stride of neighbours in memory.
     rowwise = layout is not None and layout.class_stride == 1
     ones = ("inner", "stride_k", "grad_stride_k") if rowwise else ("stride_d", "grad_stride_d")
@@ -289,7 +294,7 @@ def work_of(variant: Variant, program: Program, registers: int, warps: int, shar
 
 def report_on(variant: Variant) -> Report:
     source, options = source_of(variant)
-    promised = variant.kernel in STREAMING and tile_of(variant)[1].align > 1
+    promised = variant.kernel in STREAMING and (tile_of(variant)[1].align > 1 or tile_of(variant)[1].heads)
     compiled = triton.compile(source, target=TARGETS[variant.target], options=options)
     narrow_offsets = len(re.findall(r"arith\.muli %num_rows[^:]*: i32", compiled.asm["ttir"]))
     warps, shared = options["num_warps"], compiled.metadata.shared

@@ -56,7 +56,7 @@ def variants(rows: int, classes: int, itemsize: int) -> Iterator[Variant]:
     """The kernels that one objective's mean compiles, forward and backward, for contiguous (rows, classes) logits."""
     aligned = classes * itemsize % 16 == 0
     tile = launch.choose_tile(classes, itemsize, classes_adjoin=True, rows_aligned=aligned, head_aligned=True)
-    tiles = -(-(classes + tile.align - 1) // tile.block) if tile.rows == 1 else 1
+    tiles = -(-(classes + tile.overhang) // tile.block)
     splits = launch.choose_splits(rows, tiles, MULTIPROCESSORS) if tile.rows == 1 else 1
     # Rows and classes, and the strides: classes, 1, and that of an absent dimension, 0.
     integers = tuple(specialization(number) for number in (rows, classes, 1, classes, 1, 0))

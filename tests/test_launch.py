@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cot_kernels.backends.triton import launch
+from cot_kernels import complement_cross_entropy
+from cot_kernels.backends.triton import backend, launch
 from cot_kernels.backends.triton.backend import _tile
+from cot_kernels.objectives import CrossEntropyObjective
 
 SHORT, LONG = 1000, 4096
 
@@ -30,8 +32,49 @@ def test_rows_on_a_boundary_are_promised(dtype: torch.dtype) -> None:
     [matrix(SHORT, offset=1), matrix(SHORT, stride=SHORT + 1), matrix(SHORT - 1), matrix(SHORT - 1, stride=SHORT)],
     ids=["off a boundary", "odd stride", "odd number of classes", "odd number of classes, even stride"],
 )
-def test_short_rows_off_a_boundary_are_not(logits: Tensor) -> None:
-    assert _tile(logits).align == 1
+def test_short_rows_off_a_boundary_are_read_from_the_one_before(logits: Tensor) -> None:
+    tile = _tile(logits)
+    assert tile.align == 1 and tile.heads
+    assert tile.overhang == 3 and tile.block >= min(logits.shape[1] + 3, 1024)
+    other = torch.empty_strided(logits.shape, (1003, 1))
+    assert not _tile(logits, other).heads  # a gradient that begins elsewhere is written as it comes
+
+
+# Around powers of two, the bounds of a tile, and of an access.
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_classes", [2, 3, 7, 8, 9, 10, 31, 33, 100, 255, 501, 1017, 1018, 1023, 1024])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_short_rows_that_begin_anywhere(num_classes: int, dtype: torch.dtype) -> None:
+    """Value and gradient; the gradient in place leaves what lies between the rows, and beside them, alone."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows, objective = 5, CrossEntropyObjective(1.0, 0.7)
+    for offset, padding in ((0, 0), (0, 1), (1, 0), (3, 2)):
+        stride = num_classes + padding
+        kept = torch.randn(offset + rows * stride + 16, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        logits = kept.as_strided((rows, num_classes), (stride, 1), offset)
+        target = torch.arange(rows, device=device) * 7 % num_classes
+        target[3] = -100
+        exact = logits.double().cpu().requires_grad_()
+        expected = complement_cross_entropy(
+            exact, target.cpu(), gamma=-0.7, normalization="none", reduction="none"
+        )  # fmt: skip
+        expected.sum().backward()
+        assert exact.grad is not None
+        loss, saved = backend.loss(logits, target, -100, objective, "none")
+        gradient = backend.gradient(logits, saved, torch.ones((), device=device))
+        tolerance = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 8e-3}[dtype]
+        torch.testing.assert_close(loss.flatten().double().cpu(), expected, rtol=3e-6, atol=3e-6)
+        for found in (gradient, None):
+            if found is None:
+                before = kept.clone()
+                found = logits
+                backend.value_and_gradient(logits, target, -100, objective, None, True)
+                beside = torch.ones_like(kept, dtype=torch.bool)
+                beside.as_strided(logits.shape, logits.stride(), offset).fill_(False)
+                assert torch.equal(kept[beside], before[beside])
+            error = (found.double().cpu() - exact.grad).norm() / exact.grad.norm()
+            assert error <= tolerance, (offset, padding, error)
+            assert not found[3].any()
 
 
 def test_long_rows_need_equal_heads_in_logits_and_gradient() -> None:

@@ -70,7 +70,7 @@ def _tile(*tensors: Tensor) -> launch.Tile:
 def _splits(tile: launch.Tile, num_rows: int, num_classes: int, device: torch.device) -> int:
     if tile.rows > 1 or not num_rows:
         return 1
-    tiles = triton.cdiv(num_classes + tile.align - 1, tile.block)
+    tiles = triton.cdiv(num_classes + tile.overhang, tile.block)
     return launch.choose_splits(num_rows, tiles, _multiprocessors(device))
 
 
@@ -112,6 +112,7 @@ def _forward(
         LANES=tile.lanes,
         VEC=tile.vec,
         ALIGN=tile.align,
+        HEADS=tile.heads,
         num_warps=tile.warps,
     )
     if splits > 1:
@@ -160,7 +161,7 @@ def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None
     num_rows, num_classes = target.numel(), logits.shape[1]
     upstream = upstream.resolve_neg().reshape(-1)  # a view of any scalar or expanded upstream
     tile = _tile(logits, grad)
-    tiles = triton.cdiv(num_classes + (tile.align - 1 if tile.rows == 1 else 0), tile.block)
+    tiles = triton.cdiv(num_classes + tile.overhang, tile.block)
     turns = launch.choose_turns(num_rows, tiles, _multiprocessors(logits.device)) if tile.rows == 1 else 1
     inner, *strides = _strides(logits)
     with _on_device_of(logits):
@@ -171,7 +172,9 @@ def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None
             HAS_FACTOR=factor is not None,
             ROWS=tile.rows,
             BLOCK=tile.block,
+            VEC=tile.vec,
             ALIGN=tile.align,
+            HEADS=tile.heads,
             num_warps=tile.warps,
             **_register_limit(tile),
         )  # fmt: skip
@@ -243,6 +246,7 @@ def value_and_gradient(
             LANES=tile.lanes,
             VEC=tile.vec,
             ALIGN=tile.align,
+            HEADS=tile.heads,
             num_warps=tile.warps,
         )  # fmt: skip
     return values

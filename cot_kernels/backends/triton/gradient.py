@@ -11,7 +11,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cot_kernels.backends.triton.tiles import FLOOR, LOG2E, hint, is_interior, misalignment, row_pointers, step_back
+from cot_kernels.backends.triton.tiles import (
+    FLOOR,
+    LOG2E,
+    first_classes,
+    hint,
+    is_interior,
+    load_rows,
+    misalignment,
+    row_pointers,
+    step_back,
+)
 
 
 @triton.jit
@@ -61,10 +71,76 @@ def write_tile(
 
 @triton.jit
 def gradient_of_rows(z, classes, target, wanted, shift, log_total, slope, offset, at_target):
-    """Of some classes [ROWS, BLOCK] of several rows; zero where they are ignored."""
+    """Of some classes [ROWS, BLOCK], or [1, BLOCK], of several rows; zero where they are ignored."""
     grad = complement_gradient(z, shift[:, None], log_total[:, None], slope[:, None], offset[:, None])
-    grad = tl.where(classes[None, :] == target[:, None], at_target[:, None], grad)
+    grad = tl.where(classes == target[:, None], at_target[:, None], grad)
     return tl.where(wanted[:, None], grad, 0.0)
+
+
+@triton.jit
+def write_rows(
+    base,
+    grad_base,
+    head,
+    start,
+    target,
+    inside,
+    wanted,
+    num_classes,
+    stride_k,
+    grad_stride_k,
+    shift,
+    log_total,
+    slope,
+    offset,
+    at_target,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """The gradient of BLOCK places of several rows; of rows that begin anywhere, what fills whole accesses."""
+    z, classes, within = load_rows(base, head, start, wanted, num_classes, stride_k, BLOCK, VEC, ALIGN, HEADS, 0.0)
+    grad = gradient_of_rows(z.to(shift.dtype), classes, target, wanted, shift, log_total, slope, offset, at_target)
+    if HEADS:
+        places = start + tl.arange(0, BLOCK)
+        access = (places // VEC * VEC)[None, :]
+        within = (access >= head[:, None]) & (access + VEC <= head[:, None] + num_classes)
+        pointers = step_back(grad_base, head, VEC)[:, None] + places[None, :]
+    else:
+        pointers = grad_base[:, None] + classes.to(tl.int64) * grad_stride_k
+    tl.store(pointers, grad.to(grad_base.dtype.element_ty), mask=inside[:, None] & within)
+
+
+@triton.jit
+def write_ends(
+    base,
+    grad_base,
+    head,
+    target,
+    inside,
+    wanted,
+    num_classes,
+    shift,
+    log_total,
+    slope,
+    offset,
+    at_target,
+    VEC: tl.constexpr,
+):
+    """What :func:`write_rows` leaves: the accesses that a row shares with its neighbours, one at either end."""
+    end = head + num_classes
+    last = end // VEC * VEC
+    columns = tl.arange(0, 2 * VEC)
+    at_start = (columns < VEC)[None, :]
+    places = tl.where(at_start, columns[None, :], last[:, None] + (columns - VEC)[None, :])
+    classes = places - head[:, None]
+    # Of a row within one access either its start or its end, not both, is what is left.
+    left = tl.where(at_start, head[:, None] > 0, ((last > 0) | (head == 0))[:, None])
+    mask = left & (classes >= 0) & (places < end[:, None])
+    z = tl.load(base[:, None] + classes, mask=mask & wanted[:, None], other=0.0).to(shift.dtype)
+    grad = gradient_of_rows(z, classes, target, wanted, shift, log_total, slope, offset, at_target)
+    tl.store(grad_base[:, None] + classes, grad.to(grad_base.dtype.element_ty), mask=mask & inside[:, None])
 
 
 @triton.jit
@@ -90,7 +166,9 @@ def gradient_kernel(
     HAS_FACTOR: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
     ALIGN: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
     """The gradient of ``turns`` tiles of BLOCK classes of one row, or of one tile of ROWS rows."""
     program = tl.program_id(0).to(tl.int64)
@@ -139,12 +217,15 @@ def gradient_kernel(
         offset = tl.load(state + 3 * num_rows, mask=wanted, other=0.0) * upstream
         at_target = tl.load(state + 4 * num_rows, mask=wanted, other=0.0) * upstream
 
-        classes = first * BLOCK + tl.arange(0, BLOCK)
-        within = (classes < hint(num_classes, ALIGN))[None, :]
         base = row_pointers(logits_pointer, rows, inner, hint(stride_n, ALIGN), stride_d)
-        pointers = base[:, None] + classes[None, :].to(tl.int64) * stride_k
-        z = tl.load(pointers, mask=wanted[:, None] & within, other=0.0).to(dtype)
-        grad = gradient_of_rows(z, classes, target, wanted, shift, log_total, slope, offset, at_target)
         grad_base = row_pointers(grad_pointer, rows, inner, hint(grad_stride_n, ALIGN), grad_stride_d)
-        grad_pointers = grad_base[:, None] + classes[None, :].to(tl.int64) * grad_stride_k
-        tl.store(grad_pointers, grad.to(grad_pointer.dtype.element_ty), mask=inside[:, None] & within)
+        head = first_classes(base, ROWS, VEC, HEADS)
+        write_rows(
+            base, grad_base, head, first * BLOCK, target, inside, wanted, num_classes, stride_k, grad_stride_k,
+            shift, log_total, slope, offset, at_target, BLOCK, VEC, ALIGN, HEADS,
+        )  # fmt: skip
+        if HEADS and first == 0:
+            write_ends(
+                base, grad_base, head, target, inside, wanted, num_classes,
+                shift, log_total, slope, offset, at_target, VEC,
+            )  # fmt: skip

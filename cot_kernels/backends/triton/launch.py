@@ -20,7 +20,8 @@ class Tile:
     """The shape of a program's tile: ``rows`` by ``lanes * vec`` classes.
 
     ``vec`` neighbouring classes are folded within a thread. ``align`` is the number of classes in 16 bytes where
-    accesses of that width can be promised to the compiler, and 1 where not.
+    accesses of that width can be promised to the compiler, and 1 where not. With ``heads`` rows begin anywhere, and
+    each is read from the boundary before it.
     """
 
     rows: int
@@ -28,10 +29,18 @@ class Tile:
     vec: int
     align: int
     warps: int
+    heads: bool = False
 
     @property
     def block(self) -> int:
         return self.lanes * self.vec
+
+    @property
+    def overhang(self) -> int:
+        """Places before the first class of a row, at most."""
+        if self.rows == 1:
+            return self.align - 1
+        return self.vec - 1 if self.heads else 0
 
 
 def next_power_of_two(number: int) -> int:
@@ -55,9 +64,11 @@ def choose_tile(
         # Neighbours in memory are rows: 128 of them side by side, each folded by one thread.
         return Tile(rows=128, lanes=1, vec=16 // wide, align=1, warps=4)
     if num_classes <= SHORT_ROW:
-        block = max(next_power_of_two(num_classes), vec)
-        align = vec if rows_aligned and num_classes % vec == 0 else 1
-        return Tile(rows=max(2, 2048 // wide // block), lanes=block // vec, vec=vec, align=align, warps=4)
+        aligned = rows_aligned and num_classes % vec == 0
+        heads = head_aligned and not aligned
+        block = min(max(next_power_of_two(num_classes + (vec - 1 if heads else 0)), vec), SHORT_ROW)
+        rows = max(2, 2048 // wide // block)
+        return Tile(rows=rows, lanes=block // vec, vec=vec, align=vec if aligned else 1, warps=4, heads=heads)
     warps = 4 if num_classes <= 8192 else 8
     block = 512 * warps // wide
     return Tile(rows=1, lanes=block // vec, vec=vec, align=vec if head_aligned else 1, warps=warps)

@@ -21,8 +21,10 @@ from cot_kernels.backends.triton.tiles import (
     FLOOR,
     LN2,
     LOG2E,
+    first_classes,
     hint,
     is_interior,
+    load_rows,
     load_target_logits,
     load_targets,
     misalignment,
@@ -102,19 +104,22 @@ def read_rows(
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     ALIGN: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
     """(m, s, t) of ROWS rows."""
     BLOCK: tl.constexpr = LANES * VEC
     shift = tl.full([ROWS, LANES], FLOOR, dtype)
     total = tl.zeros([ROWS, LANES], dtype)
     moment = tl.zeros([ROWS, LANES], dtype)
-    columns = tl.arange(0, BLOCK)
-    bound = hint(num_classes, ALIGN)
-    for start in range(0, num_classes, BLOCK):
-        classes = start + columns
-        pointers = base[:, None] + classes[None, :].to(tl.int64) * stride_k
-        z = tl.load(pointers, mask=wanted[:, None] & (classes < bound)[None, :], other=-float("inf"))
-        z = tl.where(classes[None, :] == target[:, None], -float("inf"), z.to(dtype))
+    head = first_classes(base, ROWS, VEC, HEADS)
+    for start in range(0, num_classes + (VEC - 1 if HEADS else 0), BLOCK):
+        z, classes, within = load_rows(
+            base, head, start, wanted, num_classes, stride_k, BLOCK, VEC, ALIGN, HEADS, -float("inf")
+        )  # fmt: skip
+        kept = classes != target[:, None]
+        if HEADS:
+            kept &= within
+        z = tl.where(kept, z.to(dtype), -float("inf"))
         shift, total, moment = fold(tl.reshape(z, [ROWS, LANES, VEC]), shift, total, moment)
     return merge(shift, total, moment, 1)
 
@@ -144,6 +149,7 @@ def statistics_kernel(
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     ALIGN: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
     """(m, s, t) of ROWS rows, or of one of the splits of a row; without splits, the rows are finished at once."""
     BLOCK: tl.constexpr = LANES * VEC
@@ -170,7 +176,9 @@ def statistics_kernel(
         shift, total, moment = read_row(aligned, head, one_target, first, last, num_classes, dtype, LANES, VEC, "")
     else:
         base = row_pointers(logits_pointer, rows, inner, hint(stride_n, ALIGN), stride_d)
-        shift, total, moment = read_rows(base, target, wanted, num_classes, stride_k, dtype, ROWS, LANES, VEC, ALIGN)
+        shift, total, moment = read_rows(
+            base, target, wanted, num_classes, stride_k, dtype, ROWS, LANES, VEC, ALIGN, HEADS
+        )
 
     if SPLIT:
         place = parts_pointer + rows * splits + split

@@ -74,3 +74,45 @@ def is_interior(start, target, num_classes, BLOCK: tl.constexpr):
     """Whether a tile lies within the row and does not hold the target: it then needs no mask at all."""
     within = (start >= 0) & (start + BLOCK <= num_classes)
     return within & ((target < start) | (target >= start + BLOCK))
+
+
+@triton.jit
+def first_classes(base, ROWS: tl.constexpr, VEC: tl.constexpr, HEADS: tl.constexpr):
+    """Of rows that begin anywhere, how many classes after a 16-byte boundary, [ROWS]; else 0."""
+    return misalignment(base, VEC) if HEADS else tl.zeros([ROWS], tl.int32)
+
+
+@triton.jit
+def load_rows(
+    base,
+    head,
+    start,
+    wanted,
+    num_classes,
+    stride_k,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    HEADS: tl.constexpr,
+    OTHER: tl.constexpr,
+):
+    """A tile of BLOCK places of several rows: logits [ROWS, BLOCK], their classes, and which of those there are.
+
+    Rows that begin anywhere are read from the boundary before them, in whole accesses: an access that holds one class
+    of the row is within its allocation, whatever else it holds. Of what lies outside of the row, accesses that are not
+    made give OTHER, the others anything.
+    """
+    places = start + tl.arange(0, BLOCK)
+    if HEADS:
+        classes = places[None, :] - head[:, None]
+        access = (places // VEC * VEC)[None, :]
+        touched = (access + VEC > head[:, None]) & (access < head[:, None] + num_classes)
+        pointers = step_back(base, head, VEC)[:, None] + places[None, :]
+        z = tl.load(pointers, mask=wanted[:, None] & touched, other=OTHER)
+        within = classes.to(tl.uint32) < num_classes.to(tl.uint32)  # below 0 is huge
+    else:
+        classes = places[None, :]
+        within = classes < hint(num_classes, ALIGN)
+        pointers = base[:, None] + classes.to(tl.int64) * stride_k
+        z = tl.load(pointers, mask=wanted[:, None] & within, other=OTHER)
+    return z, classes, within

@@ -10,10 +10,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cot_kernels.backends.triton.gradient import gradient_of_rows, write_tile
+from cot_kernels.backends.triton.gradient import write_ends, write_rows, write_tile
 from cot_kernels.backends.triton.objectives import cross_entropy
 from cot_kernels.backends.triton.statistics import read_row, read_rows, row_values
-from cot_kernels.backends.triton.tiles import LN2, hint, load_target_logits, load_targets, misalignment, step_back
+from cot_kernels.backends.triton.tiles import (
+    LN2,
+    first_classes,
+    hint,
+    load_target_logits,
+    load_targets,
+    misalignment,
+    step_back,
+)
 
 
 @triton.jit
@@ -37,6 +45,7 @@ def value_and_gradient_kernel(
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     ALIGN: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
     """ROWS rows: their values, and their gradient in place of their logits."""
     BLOCK: tl.constexpr = LANES * VEC
@@ -60,7 +69,7 @@ def value_and_gradient_kernel(
         )
     else:
         base = logits_pointer + rows * hint(stride_n, ALIGN)
-        shift, total, moment = read_rows(base, target, wanted, num_classes, 1, dtype, ROWS, LANES, VEC, ALIGN)
+        shift, total, moment = read_rows(base, target, wanted, num_classes, 1, dtype, ROWS, LANES, VEC, ALIGN, HEADS)
 
     # Of an ignored row nothing was read: its negentropy is 0.
     log_total, negentropy, log_odds, _ = row_values(target_logit, shift, total, moment)
@@ -101,10 +110,14 @@ def value_and_gradient_kernel(
                     one_shift, one_log_total, one_slope, one_offset, one_at_target, BLOCK, "evict_first",
                 )  # fmt: skip
         else:
-            for start in range(0, num_classes, BLOCK):
-                classes = start + tl.arange(0, BLOCK)
-                within = (classes < hint(num_classes, ALIGN))[None, :]
-                pointers = base[:, None] + classes[None, :].to(tl.int64)
-                z = tl.load(pointers, mask=wanted[:, None] & within, other=0.0).to(dtype)
-                grad = gradient_of_rows(z, classes, target, wanted, shift, log_total, slope, offset, at_target)
-                tl.store(pointers, grad.to(logits_pointer.dtype.element_ty), mask=inside[:, None] & within)
+            head = first_classes(base, ROWS, VEC, HEADS)
+            for start in range(0, num_classes + (VEC - 1 if HEADS else 0), BLOCK):
+                write_rows(
+                    base, base, head, start, target, inside, wanted, num_classes, 1, 1,
+                    shift, log_total, slope, offset, at_target, BLOCK, VEC, ALIGN, HEADS,
+                )  # fmt: skip
+            if HEADS:
+                write_ends(
+                    base, base, head, target, inside, wanted, num_classes,
+                    shift, log_total, slope, offset, at_target, VEC,
+                )  # fmt: skip
