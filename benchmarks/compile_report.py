@@ -63,6 +63,7 @@ LAYOUTS = (
     Layout("long, odd", 50257),
     Layout("long, unequal heads", 50257, aligned=False),
     Layout("class-major", 21, class_stride=1 << 18),
+    Layout("class-major, odd", 21, class_stride=(1 << 18) + 1, aligned=False),
 )
 
 
@@ -154,6 +155,7 @@ def tile_of(variant: Variant) -> tuple[Layout, launch.Tile]:
         classes_adjoin=layout.class_stride == 1,
         rows_aligned=rows_aligned,
         head_aligned=layout.aligned,
+        rows_adjoin=layout.class_stride > 1 and layout.aligned,
     )
     return layout, tile
 
@@ -217,6 +219,9 @@ def source_of(variant: Variant) -> tuple[ASTSource, dict[str, int]]:
             types[name] = "i32"
     if rowwise:  # (N, K): the strides of the absent dimension are 0
         divisible += [name for name in ("stride_d", "grad_stride_d") if name in types]
+    if layout is not None and layout.class_stride > 1 and layout.aligned:  # every size and stride but those of classes
+        sizes = ("num_rows", "inner", "stride_n", "stride_k", "grad_stride_n", "grad_stride_k")
+        divisible += [name for name in sizes if types.get(name, "").startswith("i")]
     if layout is not None and layout.num_classes % 16 == 0:
         divisible += [
             name for name in ("num_classes", "stride_n", "grad_stride_n") if types.get(name, "").startswith("i")
@@ -292,9 +297,13 @@ def work_of(variant: Variant, program: Program, registers: int, warps: int, shar
     }
 
 
+def promises_wide_access(layout: Layout, tile: launch.Tile) -> bool:
+    return tile.align > 1 or tile.heads or (layout.class_stride > 1 and layout.aligned)
+
+
 def report_on(variant: Variant) -> Report:
     source, options = source_of(variant)
-    promised = variant.kernel in STREAMING and (tile_of(variant)[1].align > 1 or tile_of(variant)[1].heads)
+    promised = variant.kernel in STREAMING and promises_wide_access(*tile_of(variant))
     compiled = triton.compile(source, target=TARGETS[variant.target], options=options)
     narrow_offsets = len(re.findall(r"arith\.muli %num_rows[^:]*: i32", compiled.asm["ttir"]))
     warps, shared = options["num_warps"], compiled.metadata.shared

@@ -43,13 +43,13 @@ def test_no_spills_and_no_stack(reports: list[dict[str, Any]]) -> None:
 
 
 def test_rows_are_read_and_written_in_128_bits(reports: list[dict[str, Any]]) -> None:
-    """Every variant for rows whose gradient lies as they do, of any length and wherever they begin."""
+    """Every variant for rows whose gradient lies as they do, of any length and wherever they begin, or side by side."""
     promised = [report for report in reports if report["wide_access_promised"]]
     layouts = {(report["variant"]["kernel"], report["variant"]["layout"]) for report in promised}
     assert {
         (kernel, name)
         for kernel in ("statistics", "gradient")
-        for name in ("few", "short", "short, odd", "medium", "long", "long, odd")
+        for name in ("few", "short", "short, odd", "medium", "long", "long, odd", "class-major")
     } <= layouts
     assert {("value_and_gradient", name) for name in ("few", "short", "short, odd", "medium", "long")} <= layouts
     for report in promised:

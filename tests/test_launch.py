@@ -9,6 +9,7 @@ from torch import Tensor
 from cot_kernels import complement_cross_entropy
 from cot_kernels.backends.triton import backend, launch
 from cot_kernels.backends.triton.backend import _tile
+from cot_kernels.backends.triton.launch import Tile
 from cot_kernels.objectives import CrossEntropyObjective
 
 SHORT, LONG = 1000, 4096
@@ -91,6 +92,43 @@ def test_an_inner_dimension_promises_nothing_to_short_rows() -> None:
     assert _tile(logits).align == 1
 
 
+def test_rows_side_by_side_are_read_together_from_a_boundary_on() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        dense = torch.zeros(2, 21, 48, dtype=dtype)
+        assert _tile(dense).rows == _tile(dense, dense).rows == 128 * (16 // dtype.itemsize)
+    odd = (
+        torch.zeros(2, 21, 40),  # a multiple of 8: Triton looks for 16
+        torch.zeros(1 + 2 * 21 * 48)[1:].view(2, 21, 48),
+        torch.zeros(2, 21, 96)[:, :, ::2],
+        torch.zeros(2, 21, 50)[:, :, :48],
+    )
+    for logits in odd:
+        assert _tile(logits).rows == 128
+        assert _tile(torch.zeros(logits.shape), logits).rows == 128
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2, 3, 16), (1, 21, 1040), (3, 2, 48), (2, 5, 2064), (1, 1100, 16)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rows_side_by_side(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Ignored rows are read with the others, and nothing of what they hold shows."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(shape, generator=generator).to(device, dtype)
+    target = torch.randint(shape[1], (shape[0], shape[2]), generator=generator).to(device)
+    target[:, ::5] = -100
+    exact = logits.double().cpu().requires_grad_()
+    complement_cross_entropy(exact, target.cpu(), gamma=-0.7, normalization="none", reduction="sum").backward()
+    logits[:, :, ::5] = torch.nan
+    assert _tile(logits).rows > 128 and exact.grad is not None
+    loss, saved = backend.loss(logits, target, -100, CrossEntropyObjective(1.0, 0.7), "none")
+    gradient = backend.gradient(logits, saved, torch.ones((), device=device))
+    assert saved[1] is not None and loss.isfinite().all() and not saved[1][[0, 2, 3, 4]].isnan().any()
+    assert not gradient[:, :, ::5].any()
+    error = (gradient.double().cpu() - exact.grad).norm() / exact.grad.norm()
+    assert error <= {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 8e-3}[dtype]
+
+
 @pytest.mark.parametrize("other", [0, 2])
 def test_classes_that_do_not_adjoin_take_their_stride(other: int) -> None:
     """In any tensor involved: a stride of 0 beside one of 1 is not dense."""
@@ -114,7 +152,12 @@ def test_splits(rows: int, tiles: int) -> None:
 @pytest.mark.parametrize("tiles", [1, 3, 1000])
 def test_turns(rows: int, tiles: int) -> None:
     """Programs take several tiles in turn only where that leaves twice as many as keep a GPU busy."""
-    turns = launch.choose_turns(rows, tiles, 132)
+    long = Tile(rows=1, lanes=256, vec=8, align=8, warps=4)
+    turns = launch.choose_turns(long, rows, tiles, 132)
     assert 1 <= turns <= 4
     assert turns == 1 or rows * tiles // turns >= 8 * 132
     assert turns == 4 or rows * tiles < 5 * 8 * 132
+    side_by_side = Tile(rows=1024, lanes=1, vec=2, align=1, warps=4)
+    turns = launch.choose_turns(side_by_side, 1024 * rows, tiles, 132)
+    assert 1 <= turns <= tiles
+    assert turns == 1 or rows * tiles // turns >= 8 * 132

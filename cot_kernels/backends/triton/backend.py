@@ -49,6 +49,11 @@ def _strides(logits: Tensor) -> tuple[int, int, int, int]:
     return logits.shape[2], stride_n, stride_k, stride_d
 
 
+def _rows_adjoin(logits: Tensor) -> bool:
+    inner, stride_n, stride_k, stride_d = _strides(logits)
+    return stride_d == 1 and all(number % 16 == 0 for number in (inner, stride_n, stride_k))
+
+
 def _tile(*tensors: Tensor) -> launch.Tile:
     """The tile for logits, or for logits and their gradient, which is read and written alike."""
     logits = tensors[0]
@@ -64,6 +69,7 @@ def _tile(*tensors: Tensor) -> launch.Tile:
         classes_adjoin=all(_strides(each)[2] == 1 for each in tensors),
         rows_aligned=rows_aligned,
         head_aligned=len(tensors) == 1 or (on_boundary and alike),
+        rows_adjoin=on_boundary and all(_rows_adjoin(each) for each in tensors),
     )
 
 
@@ -162,7 +168,7 @@ def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None
     upstream = upstream.resolve_neg().reshape(-1)  # a view of any scalar or expanded upstream
     tile = _tile(logits, grad)
     tiles = triton.cdiv(num_classes + tile.overhang, tile.block)
-    turns = launch.choose_turns(num_rows, tiles, _multiprocessors(logits.device)) if tile.rows == 1 else 1
+    turns = launch.choose_turns(tile, num_rows, tiles, _multiprocessors(logits.device))
     inner, *strides = _strides(logits)
     with _on_device_of(logits):
         gradient_kernel[(triton.cdiv(num_rows, tile.rows) * triton.cdiv(tiles, turns),)](

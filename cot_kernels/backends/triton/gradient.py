@@ -100,7 +100,8 @@ def write_rows(
     HEADS: tl.constexpr,
 ):
     """The gradient of BLOCK places of several rows; of rows that begin anywhere, what fills whole accesses."""
-    z, classes, within = load_rows(base, head, start, wanted, num_classes, stride_k, BLOCK, VEC, ALIGN, HEADS, 0.0)
+    read = inside if BLOCK == VEC else wanted  # as in the forward pass
+    z, classes, within = load_rows(base, head, start, read, num_classes, stride_k, BLOCK, VEC, ALIGN, HEADS, 0.0)
     grad = gradient_of_rows(z.to(shift.dtype), classes, target, wanted, shift, log_total, slope, offset, at_target)
     if HEADS:
         places = start + tl.arange(0, BLOCK)
@@ -170,7 +171,7 @@ def gradient_kernel(
     ALIGN: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """The gradient of ``turns`` tiles of BLOCK classes of one row, or of one tile of ROWS rows."""
+    """The gradient of ``turns`` tiles of BLOCK classes of one row, or of ROWS rows."""
     program = tl.program_id(0).to(tl.int64)
     shares = tl.cdiv(tiles, turns)  # programs to a row
     block = program // shares
@@ -220,10 +221,11 @@ def gradient_kernel(
         base = row_pointers(logits_pointer, rows, inner, hint(stride_n, ALIGN), stride_d)
         grad_base = row_pointers(grad_pointer, rows, inner, hint(grad_stride_n, ALIGN), grad_stride_d)
         head = first_classes(base, ROWS, VEC, HEADS)
-        write_rows(
-            base, grad_base, head, first * BLOCK, target, inside, wanted, num_classes, stride_k, grad_stride_k,
-            shift, log_total, slope, offset, at_target, BLOCK, VEC, ALIGN, HEADS,
-        )  # fmt: skip
+        for tile in range(first, tl.minimum(first + turns, tiles)):
+            write_rows(
+                base, grad_base, head, tile * BLOCK, target, inside, wanted, num_classes, stride_k, grad_stride_k,
+                shift, log_total, slope, offset, at_target, BLOCK, VEC, ALIGN, HEADS,
+            )  # fmt: skip
         if HEADS and first == 0:
             write_ends(
                 base, grad_base, head, target, inside, wanted, num_classes,

@@ -48,7 +48,13 @@ def next_power_of_two(number: int) -> int:
 
 
 def choose_tile(
-    num_classes: int, itemsize: int, *, classes_adjoin: bool, rows_aligned: bool, head_aligned: bool
+    num_classes: int,
+    itemsize: int,
+    *,
+    classes_adjoin: bool,
+    rows_aligned: bool,
+    head_aligned: bool,
+    rows_adjoin: bool = False,
 ) -> Tile:
     """The tile for rows of ``num_classes`` logits of ``itemsize`` bytes.
 
@@ -56,13 +62,17 @@ def choose_tile(
         classes_adjoin: neighbouring classes are neighbours in memory, in all tensors involved.
         rows_aligned: every row begins on a 16-byte boundary.
         head_aligned: no row does for certain, but the rows of all tensors involved begin equally far from one.
+        rows_adjoin: neighbouring rows are neighbours in memory, 16 of them from a 16-byte boundary on, in all tensors.
     """
     vec = 16 // itemsize
     # Logits a thread holds: 16, and a quarter as many in float64, so that no variant runs out of registers.
     wide = 4 if itemsize > 4 else 1
     if not classes_adjoin:
-        # Neighbours in memory are rows: 128 of them side by side, each folded by one thread.
-        return Tile(rows=128, lanes=1, vec=16 // wide, align=1, warps=4)
+        # Neighbours in memory are rows, of which a thread takes one, or as many as an access holds. With more classes
+        # at once the masks of half precision run out of AMD's scalar registers.
+        if rows_adjoin:
+            return Tile(rows=128 * vec, lanes=1, vec=min(4, 16 // vec), align=1, warps=4)
+        return Tile(rows=128, lanes=1, vec=4, align=1, warps=4)
     if num_classes <= SHORT_ROW:
         aligned = rows_aligned and num_classes % vec == 0
         heads = head_aligned and not aligned
@@ -82,6 +92,9 @@ def choose_splits(num_rows: int, tiles: int, multiprocessors: int) -> int:
     return max(1, min(tiles, wanted // num_rows))
 
 
-def choose_turns(num_rows: int, tiles: int, multiprocessors: int) -> int:
-    """Tiles of one row that a program takes in turn: several save instructions, where enough programs are left."""
-    return max(1, min(4, num_rows * tiles // (multiprocessors * 2 * PROGRAMS_PER_MULTIPROCESSOR)))
+def choose_turns(tile: Tile, num_rows: int, tiles: int, multiprocessors: int) -> int:
+    """Tiles of its row or rows that a program takes in turn: several save instructions, and reading the state of many
+    rows again, where enough programs are left."""
+    programs = -(-num_rows // tile.rows) * tiles
+    most = 4 if tile.rows == 1 else tiles
+    return max(1, min(most, programs // (multiprocessors * 2 * PROGRAMS_PER_MULTIPROCESSOR)))

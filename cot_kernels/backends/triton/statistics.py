@@ -96,6 +96,7 @@ def read_row(
 def read_rows(
     base,
     target,
+    inside,
     wanted,
     num_classes,
     stride_k,
@@ -114,9 +115,12 @@ def read_rows(
     head = first_classes(base, ROWS, VEC, HEADS)
     for start in range(0, num_classes + (VEC - 1 if HEADS else 0), BLOCK):
         z, classes, within = load_rows(
-            base, head, start, wanted, num_classes, stride_k, BLOCK, VEC, ALIGN, HEADS, -float("inf")
+            base, head, start, inside if LANES == 1 else wanted, num_classes, stride_k,
+            BLOCK, VEC, ALIGN, HEADS, -float("inf"),
         )  # fmt: skip
         kept = classes != target[:, None]
+        if LANES == 1:  # rows may lie side by side, and be read by one access, whichever of them are wanted
+            kept &= wanted[:, None]
         if HEADS:
             kept &= within
         z = tl.where(kept, z.to(dtype), -float("inf"))
@@ -177,7 +181,7 @@ def statistics_kernel(
     else:
         base = row_pointers(logits_pointer, rows, inner, hint(stride_n, ALIGN), stride_d)
         shift, total, moment = read_rows(
-            base, target, wanted, num_classes, stride_k, dtype, ROWS, LANES, VEC, ALIGN, HEADS
+            base, target, rows < num_rows, wanted, num_classes, stride_k, dtype, ROWS, LANES, VEC, ALIGN, HEADS
         )
 
     if SPLIT:

@@ -69,7 +69,9 @@ def value_and_gradient_kernel(
         )
     else:
         base = logits_pointer + rows * hint(stride_n, ALIGN)
-        shift, total, moment = read_rows(base, target, wanted, num_classes, 1, dtype, ROWS, LANES, VEC, ALIGN, HEADS)
+        shift, total, moment = read_rows(
+            base, target, inside, wanted, num_classes, 1, dtype, ROWS, LANES, VEC, ALIGN, HEADS
+        )
 
     # Of an ignored row nothing was read: its negentropy is 0.
     log_total, negentropy, log_odds, _ = row_values(target_logit, shift, total, moment)
