@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,7 +29,16 @@ def machine(settings: Settings, folder: Path, device: str) -> Machine:
 def _start(settings: Settings, folder: Path, device: str) -> None:
     global _machine
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the keyboard's interrupt is for the process that shares out the work
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _machine = machine(settings, folder, device)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _result(run: Run) -> Result:

@@ -6,6 +6,11 @@ import copy
 import dataclasses
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,7 @@ from study.runs import FULL, QUICK, Machine, Result, Run, Settings, Store, chose
 from study.tasks import TASKS, Task
 from study.training import Training
 
+ROOT = Path(__file__).parents[1]
 METHOD_NAMES = list(METHODS)
 
 
@@ -379,3 +385,28 @@ def test_results_of_other_settings_are_refused(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit):
         program.main(["--quick", "--output", str(tmp_path)])
     assert "name another folder with --output" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the state of a process from /proc")
+def test_workers_end_with_the_process_that_shares_out_the_work(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys; from pathlib import Path; from study import runs, work\n"
+        "pool = work.pool(1, runs.QUICK, Path(sys.argv[1]), 'cpu')\n"
+        "print(pool.submit(os.getpid).result(), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    shared = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert shared.stdout is not None
+    worker = int(shared.stdout.readline())  # it may hold the pipe open for ever
+    shared.wait(60)
+    state = Path(f"/proc/{worker}/stat")
+
+    def alive() -> bool:
+        return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+    end = time.monotonic() + 30
+    while alive() and time.monotonic() < end:
+        time.sleep(0.05)
+    if alive():
+        os.kill(worker, signal.SIGKILL)
+        pytest.fail("the worker goes on")
