@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _stages(
     options: argparse.Namespace, settings: Settings, tasks: list[str], methods: list[str], store: Store, bar: Progress
 ) -> dict[str, dict[str, list[float]]]:
-    """The times of the last one."""
+    """The times of the last one, and of earlier calls for other tasks."""
     where = (settings, options.output / "data", str(options.device))
     machine = work.machine(*where)
     line = bar.add_task("data", total=len(tasks))
@@ -84,7 +84,7 @@ def _stages(
         except KeyboardInterrupt:
             workers.shutdown(wait=False, cancel_futures=True)
             raise
-    return cost.measure(machine, choices, bar)
+    return cost.kept(options.output / "times.json", cost.measure(machine, choices, bar))
 
 
 def _in_order(given: Iterable[str] | None, every: Iterable[str]) -> list[str]:

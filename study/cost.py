@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,6 +69,13 @@ def measure(
         found[task] = times
         bar.advance(line)
     return found
+
+
+def kept(file: Path, times: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, list[float]]]:
+    """With those of other tasks that the file has from earlier calls."""
+    merged = {**(json.loads(file.read_text()) if file.exists() else {}), **times}
+    file.write_text(json.dumps(merged) + "\n")
+    return merged
 
 
 def ratios(times: Mapping[str, list[float]], baseline: str) -> dict[str, Any]:

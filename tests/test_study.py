@@ -360,6 +360,8 @@ def test_everything_in_one_quick_command(tmp_path: Path, capsys: pytest.CaptureF
     kept = (tmp_path / "runs.jsonl").read_text()
     program.main([*command, "--task", "digits"])
     assert (tmp_path / "runs.jsonl").read_text() == kept
+    again = json.loads((tmp_path / "study.json").read_text())
+    assert all(row["time_ratio"] for task in again["tasks"] for row in task["methods"])
     assert len(search(TASKS, METHODS, QUICK)) == len(TASKS) * len(METHODS) * 2
     for picture in figures.draw(made, tmp_path / "again"):
         assert picture.stat().st_size > 10_000
