@@ -69,6 +69,7 @@ numerics: $(VENV)/.installed  ## Gradient errors by logit margin and what eps do
 
 readme: $(VENV)/.installed  ## The tables of README and docs from the committed result files
 	$(BIN)/python -m benchmarks.readme
+	$(BIN)/python -m study.page
 
 # torch by itself first: its version decides which Triton and which build the rest must fit.
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         made.error(f"--workers must be at least 1, got {options.workers}")
     settings = QUICK if options.quick else FULL
     tasks, methods = _in_order(options.task, TASKS), _in_order(options.method, METHODS)
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console = Console() if sys.stdout.isatty() else Console(width=180)
     try:
         store = Store(options.output / "runs.jsonl", settings)
     except ValueError as error:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,16 +81,3 @@ def weights(report: Report) -> Any:
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     return figure
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m study.figures", description=__doc__)
-    parser.add_argument("results", type=Path, help="study.json")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
-    options = parser.parse_args(arguments)
-    for file in draw(json.loads(options.results.read_text()), options.output):
-        print(file)
-
-
-if __name__ == "__main__":
-    main()

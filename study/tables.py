@@ -54,7 +54,7 @@ def for_terminal(report: Report) -> Iterable[Table]:
     """One a task."""
     for task in report["tasks"]:
         made = Table(title=f"{task['label']} ({task['score']}): {task['about']}", box=box.SIMPLE_HEAD, pad_edge=False)
-        made.add_column("method")
+        made.add_column("method", no_wrap=True)
         for heading, _ in COLUMNS:
             made.add_column(heading, justify="right")
         for row in task["methods"]:
@@ -89,6 +89,11 @@ def by_task(report: Report, cell: Callable[[Row], str]) -> str:
 def gains(report: Report) -> str:
     """Points of score over cross-entropy."""
     return by_task(report, _of("score_minus_ce", 100, 1, signed=True))
+
+
+def controls(report: Report) -> str:
+    """Points of score over cross-entropy with twice the steps."""
+    return by_task(report, _of("score_minus_ce_twice", 100, 1, signed=True))
 
 
 def losses(report: Report) -> str:

@@ -7,10 +7,12 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ pytest.importorskip("mnist1d")
 
 from cot_kernels import reference
 from study import __main__ as program
-from study import cost, figures, report
+from study import cost, figures, page, report
 from study.data import Data, Part, few_of_each
 from study.methods import CONFIGURATIONS, METHODS, Recipe, Step, confidence_penalty, cross_entropy, focal
 from study.metrics import evaluate, predict, score
@@ -365,6 +367,28 @@ def test_everything_in_one_quick_command(tmp_path: Path, capsys: pytest.CaptureF
     assert len(search(TASKS, METHODS, QUICK)) == len(TASKS) * len(METHODS) * 2
     for picture in figures.draw(made, tmp_path / "again"):
         assert picture.stat().st_size > 10_000
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """All that is no list or dictionary, with its place in the JSON."""
+    if isinstance(value, dict | list):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(each, (*path, key))
+    else:
+        yield path, value
+
+
+def test_the_committed_report_is_that_of_the_committed_runs(tmp_path: Path) -> None:
+    """And the page that of the report. The study was run to its end: every method on every task, with every seed."""
+    shutil.copy(page.RESULTS.with_name("runs.jsonl"), tmp_path)  # a store may write to its file
+    store = Store(tmp_path / "runs.jsonl", FULL)
+    assert not store.missing(searched := search(TASKS, METHODS, FULL))
+    assert not store.missing(final(chosen(store.results[run] for run in searched), FULL))
+    committed = json.loads(page.RESULTS.read_text())
+    seconds = json.loads(page.RESULTS.with_name("times.json").read_text())
+    made = json.loads(json.dumps(report.build(store, FULL, seconds, committed["environment"])))
+    assert dict(leaves(made)) == pytest.approx(dict(leaves(committed)))
+    assert page.filled(page.PAGE, committed) == page.PAGE.read_text(), "run make readme"
 
 
 @pytest.mark.parametrize(
