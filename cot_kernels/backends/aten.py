@@ -35,6 +35,8 @@ FLOOR = -1e30
 # of the floor takes the slow way of arguments that underflow.
 NEGLIGIBLE = -87.0
 
+LOG2_E = 1.4426950408889634
+
 # Bytes of one scratch buffer; two are alive. 512 KiB to 2 MiB measured alike on a processor with 1.25 MiB of L2 a core.
 BLOCK_BYTES = 1 << 20
 
@@ -140,8 +142,16 @@ def _exponentials(
     The exponential of the target is negligible, as is that of any class far below the largest.
     """
     shift = torch.amax(z.scatter_(1, target, below), 1, True, out=shift).clamp_(min=FLOOR)
-    torch.exp(torch.sub(z, shift, out=d).clamp_(min=NEGLIGIBLE), out=weights)
+    _exp(torch.sub(z, shift, out=d).clamp_(min=NEGLIGIBLE), out=weights)
     return shift
+
+
+def _exp(d: Tensor, out: Tensor) -> Tensor:
+    """exp(d), of d <= 0, as a power of two: torch.exp hands over to a library that takes 2.5 times as long on a CPU.
+
+    The product's rounding makes a relative error of half a unit of d, which d has from its own subtraction already.
+    """
+    return torch.exp2(torch.mul(d, LOG2_E, out=out), out=out)
 
 
 def _finish(shift: Tensor, total: Tensor, moment: Tensor, target_logit: Tensor) -> _Statistics:
@@ -178,7 +188,7 @@ def _gradient(logits: Tensor, index: Tensor, ignored: Tensor | None, shift: Tens
             d.copy_(rows).sub_(m)
         else:
             torch.sub(rows, m, out=d)
-        torch.exp(d.clamp_(min=FLOOR), out=weights)
+        _exp(d.clamp_(min=FLOOR), out=weights)
         weights.mul_(d.mul_(slope).add_(offset)).scatter_(1, target, at_target)
         if skip:  # a NaN in an ignored row must not survive its zero coefficients
             weights.masked_fill_(skip[0], 0)
