@@ -14,7 +14,7 @@ demo: $(VENV)/.installed  ## Fine-tune a transformer on BBC News with and withou
 test: $(VENV)/.installed  ## The whole suite; kernels run in Triton's interpreter where there is no GPU
 	$(PYTEST) -n 2 --dist worksteal
 
-study: $(VENV)/.installed  ## Does it help? Thirteen ways to train on six tasks, hours; goes on where it was interrupted
+study: $(VENV)/.installed  ## Does it help? Fourteen ways to train on six tasks, hours; goes on where it was interrupted
 	$(BIN)/python -m study --output study-results
 
 study-quick: $(VENV)/.installed  ## The same on so little that it takes minutes and its figures mean nothing

@@ -215,8 +215,9 @@ def short(value: float | None) -> str:
 def demo_table() -> str:
     note = (
         "BBC News (2,060 distinct stories of the 2,225 articles, cut to 40 tokens), 16 articles a topic, mean ± "
-        "standard deviation over 3 seeds; `docs/demo/results.json`. Two-step CE "
-        "is the control: cross-entropy with as many optimizer steps as COT takes. A demonstration, not a benchmark."
+        "standard deviation over 3 seeds; `docs/demo/results.json`. The complement weighs half a nat, in one step and "
+        "in two; two-step CE is the control: cross-entropy with as many optimizer steps as COT takes. A demonstration, "
+        "not a benchmark."
     )
     table = markdown_table(json.loads(DEMO_RESULTS.read_text()))
     return f"{table}\n\n{note}\n\n![Learning curves and the wrong classes' probabilities](docs/demo/demo.png)"

@@ -42,7 +42,8 @@ class ComplementObjectiveTraining(Callback):
         optimizer: "separate" (the primary's class and groups, with a state of its own), "shared" (the primary
             steps a second time), or a function from the parameters to an optimizer.
         lr_ratio: learning rate of the complement step over that of the primary, whose schedule it follows.
-        weight: factor on the complement loss.
+        weight: factor on the complement loss. In nats, `ComplementEntropy(normalization="none", eps=0.0)`,
+            docs/evidence.md recommends 0.5 with the shared optimizer; the default is as published.
         every_n_steps: the complement step follows each n-th primary step.
         start_epoch: first epoch with complement steps, counted from 0.
         logits: `(module, batch) -> (logits, targets)`. The default understands pairs `(x, y)`, with `module(x)`

@@ -11,7 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from .data import Part
-from .methods import Recipe, Step
+from .methods import Criterion, Recipe
 from .tasks import Task
 
 WARM_UP = 0.05  # of all batches
@@ -55,15 +55,15 @@ class Training:
         batch = self.part.at(index)
         self._taken += 1
         for step, optimizer in zip(self.recipe.steps, self._optimizers, strict=True):
-            if self._taken % step.every == 0:
-                self._step(step, optimizer, batch)
+            if criterion := step.criterion if self._taken % step.every == 0 else step.otherwise:
+                self._step(criterion, optimizer, batch)
         for schedule in self._schedules:
             schedule.step()
 
-    def _step(self, step: Step, optimizer: Optimizer, batch: Part) -> None:
+    def _step(self, criterion: Criterion, optimizer: Optimizer, batch: Part) -> None:
         optimizer.zero_grad()
         logits = self.network(*batch.inputs)
-        step.criterion(logits.flatten(0, -2), batch.target.flatten()).backward()  # type: ignore[no-untyped-call]
+        criterion(logits.flatten(0, -2), batch.target.flatten()).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     def _optimizer(self, task: Task, rate: float) -> Optimizer:

@@ -109,6 +109,17 @@ def test_two_steps_are_those_of_a_plain_loop(optimizer: Any, separate: bool, eve
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_a_step_may_have_another_criterion_on_the_batches_between() -> None:
+    taken: list[str] = []
+
+    def noted(name: str) -> Any:
+        return lambda logits, target: taken.append(name) or F.cross_entropy(logits, target)
+
+    recipe = Recipe((Step(noted("fourth"), every=4, otherwise=noted("other")),))
+    Training(small_task(), small_part(), recipe, 0.1, seed=0, epochs=2).run()
+    assert taken == ["other", "other", "other", "fourth"] * 2
+
+
 def test_methods_of_a_seed_start_alike_and_see_the_same_batches() -> None:
     task, part = small_task(), small_part()
     trainings = [
