@@ -152,8 +152,8 @@ def complement_cross_entropy(
         target: class indices, (), (N) or (N, d1, ...).
         gamma: weight of the complement entropy; negative values, as published, flatten the wrong classes.
         normalization: divisor of the complement entropy: "complement" K - 1 (the paper), "classes" K, "entropy"
-            ln(K - 1), or "none": ``-gamma`` is then the weight of one nat and means the same at every K; docs/evidence.md
-            recommends 0.5, the default is as published.
+            ln(K - 1), or "none": ``-gamma`` is then the weight of one nat and means the same at every K.
+            docs/evidence.md recommends 0.5; the defaults are as published.
         ignore_index: target value of rows that are left out.
         reduction: "mean", "sum" or "none".
 
