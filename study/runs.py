@@ -156,9 +156,10 @@ class Store:
                 stream.write("\n")
 
     def add(self, result: Result) -> None:
-        self.results[result.run] = result
+        kept = rounded(result.figures)
+        self.results[result.run] = Result(result.run, kept)  # as the next call will read it: the report is the same
         with self.file.open("a") as stream:
-            stream.write(json.dumps({**asdict(result.run), **rounded(result.figures)}) + "\n")
+            stream.write(json.dumps({**asdict(result.run), **kept}) + "\n")
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
         return [run for run in runs if run not in self.results]
