@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         store = Store(options.output / "runs.jsonl", settings)
     except ValueError as error:
         made.error(str(error))
+    except OSError as error:
+        made.error(f"--output must be a folder that can be written to, got {options.output}: {error.strerror}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         try:

@@ -135,6 +135,14 @@ def final(choices: dict[tuple[str, str], tuple[float, float]], settings: Setting
 # -------------------------------------------------------------------------------------------- keeping
 
 
+def _json(line: str) -> Any:
+    """None where it is not JSON."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
 class Store:
     """A file of JSON lines: the settings, then a line a run, written when it is done. No run is made twice."""
 
@@ -144,7 +152,7 @@ class Store:
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(head) + "\n")
-        elif json.loads(file.read_text().partition("\n")[0]) != head:
+        elif _json(file.read_text().partition("\n")[0]) != head:
             raise ValueError(
                 f"{file} holds runs with other settings, tasks or methods: name another folder with --output, or "
                 "remove the file"

@@ -418,6 +418,23 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder.touch(), "--output must be a folder that can be written to"),
+        (lambda folder: (folder.mkdir(), (folder / "runs.jsonl").write_text("{")), "name another folder with --output"),
+    ],
+)
+def test_an_output_that_holds_something_else_is_refused(
+    make: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "results")
+    with pytest.raises(SystemExit) as raised:
+        program.main(["--quick", "--output", str(tmp_path / "results")])
+    assert raised.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_results_of_other_settings_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Store(tmp_path / "runs.jsonl", Settings(test_seeds=(7,)))
     with pytest.raises(SystemExit):
