@@ -166,7 +166,7 @@ def _loss(
         bias,
         target.reshape(-1),
         plan,
-        reduction != "none",
+        reduction != "none" and torch.is_grad_enabled(),  # a Function cannot see it: in its forward pass it is off
     )
     loss = _reduce(rows, target, ignore_index, reduction, objective.scale)
     if not return_parts:

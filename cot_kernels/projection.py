@@ -255,10 +255,7 @@ def by_operator(
 ) -> tuple[Tensor, Tensor]:
     """What :class:`LinearLoss` returns."""
     name, parameters = operators.describe(plan.objective)
-    wanted = [
-        uniform and torch.is_grad_enabled() and each is not None and each.requires_grad
-        for each in (input, weight, bias)
-    ]
+    wanted = [uniform and each is not None and each.requires_grad for each in (input, weight, bias)]
     values = linear_loss(
         input,
         weight,

@@ -203,7 +203,10 @@ def test_nothing_is_computed_for_what_is_frozen(frozen: str, monkeypatch: pytest
         torch.testing.assert_close(got, expected)
 
 
-def test_without_gradients_none_are_formed() -> None:
+def test_without_gradients_none_are_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted: list[bool] = []
+    compute = projection.compute
+    monkeypatch.setattr(projection, "compute", lambda *given: wanted.extend(given[-1]) or compute(*given))
     input, weight, _, target = problem()
     leaves = [each.requires_grad_() for each in (input, weight)]
     with torch.no_grad():
@@ -211,6 +214,9 @@ def test_without_gradients_none_are_formed() -> None:
     assert not loss.requires_grad
     with torch.inference_mode():
         assert torch.equal(cot_kernels.linear_complement_cross_entropy(*leaves, target), loss)
+    assert wanted == 6 * [False]
+    cot_kernels.linear_complement_cross_entropy(*leaves, target)
+    assert wanted[6:] == [True, True, False]
 
 
 def test_tied_weights() -> None:
