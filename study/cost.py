@@ -72,8 +72,9 @@ def measure(
 
 
 def kept(file: Path, times: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, list[float]]]:
-    """With those of other tasks that the file has from earlier calls."""
-    merged = {**(json.loads(file.read_text()) if file.exists() else {}), **times}
+    """With those that the file has from earlier calls, of other tasks, or of more methods than this one measured."""
+    merged: dict[str, dict[str, list[float]]] = json.loads(file.read_text()) if file.exists() else {}
+    merged.update({task: found for task, found in times.items() if found.keys() >= merged.get(task, {}).keys()})
     file.write_text(json.dumps(merged) + "\n")
     return merged
 

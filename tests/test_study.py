@@ -418,6 +418,14 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
     assert message in capsys.readouterr().err
 
 
+def test_times_of_fewer_methods_do_not_replace_those_of_more(tmp_path: Path) -> None:
+    file = tmp_path / "times.json"
+    cost.kept(file, {"digits": {"ce": [1.0], "cce": [2.0]}})
+    cost.kept(file, {"digits": {"cce": [3.0]}, "bbc": {"ce": [4.0]}})
+    assert cost.kept(file, {}) == {"digits": {"ce": [1.0], "cce": [2.0]}, "bbc": {"ce": [4.0]}}
+    assert cost.kept(file, {"bbc": {"ce": [5.0]}})["bbc"] == {"ce": [5.0]}
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
