@@ -30,6 +30,8 @@ from cot_kernels import autograd, differentiable, operators
 from cot_kernels.backends import accumulation_dtype
 from cot_kernels.objectives import Objective
 
+CONVERTED = 4 << 20  # bytes of a block of either factor, where a product needs them in float32
+
 
 class Plan(NamedTuple):
     """What is to be computed of the rows, and within which memory."""
@@ -61,8 +63,15 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     elif total.is_cuda:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)  # type: ignore[call-overload]
-    else:  # CPUs have no product of mixed precision; its one rounding is that of the same product unfused
-        total += left @ right
+    else:
+        # CPUs have no product of mixed precision, and the product of a chunk must not be rounded to bfloat16, or
+        # overflow float16, before it is added: blocks of both factors are converted.
+        rows = max(1, CONVERTED // max(1, right.shape[1] * total.itemsize))
+        for block, factor in zip(torch.split(left, rows, dim=1), torch.split(right, rows), strict=True):
+            converted = factor.to(total.dtype)
+            columns = max(1, CONVERTED // (len(factor) * total.itemsize))
+            for part, sums in zip(torch.split(block, columns), torch.split(total, columns), strict=True):
+                sums.addmm_(part.to(total.dtype), converted)
 
 
 def compute(
