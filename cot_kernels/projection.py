@@ -203,11 +203,11 @@ def linear_loss(
     parameters: list[float],
     memory_budget: int,
     dtype: torch.dtype,
-    wanted: list[bool],
+    wanted: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`compute`; gradients that are not wanted are empty."""
+    """:func:`compute`; gradients that are not wanted are empty. A trace can hold a list of int, not one of bool."""
     plan = Plan(ignore_index, operators.objective_of(objective, parameters), memory_budget, dtype)
-    values, *gradients = compute(input, weight, bias, target, plan, upstream, wanted)
+    values, *gradients = compute(input, weight, bias, target, plan, upstream, [bool(each) for each in wanted])
     d_input, d_weight, d_bias = (values.new_empty(0) if each is None else each for each in gradients)
     return values, d_input, d_weight, d_bias
 
@@ -233,7 +233,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Any, ...]:
     input, weight, bias, target, *gradients = ctx.saved_tensors
-    needed = list(ctx.needs_input_grad[:3])
+    needed = [int(each) for each in ctx.needs_input_grad[:3]]
     if any(ctx.wanted):
         factor = upstream[0, :1].sum()
         gradients = [each * factor for each in gradients]
@@ -264,7 +264,9 @@ def by_operator(
 ) -> tuple[Tensor, Tensor]:
     """What :class:`LinearLoss` returns."""
     name, parameters = operators.describe(plan.objective)
-    wanted = [uniform and each is not None and each.requires_grad for each in (input, weight, bias)]
+    # A trace is for tensors that ask for gradients and for those that do not: it forms them in the backward pass.
+    uniform = uniform and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    wanted = [int(uniform and each is not None and each.requires_grad) for each in (input, weight, bias)]
     values = linear_loss(
         input,
         weight,

@@ -168,6 +168,21 @@ def test_jit_trace(name: str) -> None:
         torch.testing.assert_close(both(traced, logits, target), both(CALLS[name], logits, target))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_jit_trace_of_linear_losses() -> None:
+    """Traced with a weight that needs no gradient; it gives one nevertheless."""
+    weight = problem(10, 5)[0]
+
+    def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return cot_kernels.linear_complement_cross_entropy(hidden, weight, target)
+
+    traced = torch.jit.trace(loss, (problem(4, 5)[0].requires_grad_(), weight, torch.arange(4)))
+    for rows in (4, 9):
+        hidden, target = problem(rows, 5, seed=rows)
+        leaves = [each.requires_grad_() for each in (hidden, weight.clone())]
+        torch.testing.assert_close(*(torch.autograd.grad(each(*leaves, target), leaves) for each in (traced, loss)))
+
+
 class Labels(Tensor):
     """A subclass that computes nothing itself."""
 
