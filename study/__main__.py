@@ -20,8 +20,10 @@ from benchmarks.environment import device_argument, environment
 
 from . import cost, figures, report, tables, work
 from .methods import METHODS
-from .runs import FULL, QUICK, Settings, Store, chosen, final, search
+from .runs import FULL, QUICK, OtherResults, Settings, Store, chosen, final, search
 from .tasks import TASKS
+
+WORKERS_A_CORE = 8  # more are a slip of the keyboard; on a GPU a few a core may pay
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,25 +42,24 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     made = parser()
     options = made.parse_args(arguments)
-    if options.workers < 1:
-        made.error(f"--workers must be at least 1, got {options.workers}")
+    most = WORKERS_A_CORE * (os.cpu_count() or 1)
+    if not 1 <= options.workers <= most:
+        made.error(f"--workers must be from 1 to {most}, {WORKERS_A_CORE} a core, got {options.workers}")
     settings = QUICK if options.quick else FULL
     tasks, methods = _in_order(options.task, TASKS), _in_order(options.method, METHODS)
     console = Console() if sys.stdout.isatty() else Console(width=180)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         store = Store(options.output / "runs.jsonl", settings)
-    except ValueError as error:
+        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+            seconds = _stages(options, settings, tasks, methods, store, bar)
+    except KeyboardInterrupt:
+        console.print(f"What is done is kept in {options.output}; the same command goes on from there.")
+        raise SystemExit(130) from None
+    except OtherResults as error:
         made.error(str(error))
     except OSError as error:
-        made.error(f"--output must be a folder that can be written to, got {options.output}: {error.strerror}")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        try:
-            seconds = _stages(options, settings, tasks, methods, store, bar)
-        except KeyboardInterrupt:
-            bar.stop()
-            console.print(f"{len(store.results)} runs are kept in {store.file}; the same command goes on from there.")
-            raise SystemExit(130) from None
+        made.error(f"--output must be a folder that can be written to, got {options.output}: {error}")
     found = report.build(store, settings, seconds, environment(1, options.device))
     report.write(found, options.output / "study.json")
     pictures = figures.draw(found, options.output)

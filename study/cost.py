@@ -14,7 +14,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from .runs import Machine, Run
+from .runs import Machine, Run, parsed
 from .training import Training
 
 GROUP = 4  # batches timed together, so that a second step every fourth batch is seen in each
@@ -73,9 +73,11 @@ def measure(
 
 def kept(file: Path, times: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, list[float]]]:
     """With those that the file has from earlier calls, of other tasks, or of more methods than this one measured."""
-    merged: dict[str, dict[str, list[float]]] = json.loads(file.read_text()) if file.exists() else {}
+    merged: dict[str, dict[str, list[float]]] = (parsed(file.read_text()) if file.exists() else None) or {}
     merged.update({task: found for task, found in times.items() if found.keys() >= merged.get(task, {}).keys()})
-    file.write_text(json.dumps(merged) + "\n")
+    unfinished = file.with_suffix(".part")  # a file that is there is whole, whatever ends the program
+    unfinished.write_text(json.dumps(merged) + "\n")
+    unfinished.replace(file)
     return merged
 
 

@@ -15,6 +15,9 @@ from .tasks import Task
 BATCH = 500
 BINS = 15
 
+MEASURES = ("score", "nll", "calibration_error", "complement_entropy", "diverged")
+UNDER_ATTACK = ("score_attack_1", "score_attack_2")
+
 Figures = dict[str, float]
 
 
@@ -34,9 +37,9 @@ def evaluate(network: nn.Module, part: Part, task: Task, attacked: bool) -> Figu
         "diverged": float(not finite),
     }
     if attacked:
-        for number, strength in enumerate(task.attacks, start=1):
+        for name, strength in zip(UNDER_ATTACK, task.attacks, strict=True):
             logits, target = predict(network, part, attack=strength)
-            figures[f"score_attack_{number}"] = score(logits.nan_to_num(), target, task)
+            figures[name] = score(logits.nan_to_num(), target, task)
     return figures
 
 

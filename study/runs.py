@@ -14,7 +14,7 @@ import torch
 
 from .data import Data, few_of_each
 from .methods import METHODS
-from .metrics import Figures, evaluate
+from .metrics import MEASURES, UNDER_ATTACK, Figures, evaluate
 from .tasks import TASKS, load
 from .training import Training
 
@@ -135,12 +135,21 @@ def final(choices: dict[tuple[str, str], tuple[float, float]], settings: Setting
 # -------------------------------------------------------------------------------------------- keeping
 
 
-def _json(line: str) -> Any:
+def parsed(line: str) -> Any:
     """None where it is not JSON."""
     try:
         return json.loads(line)
     except json.JSONDecodeError:
         return None
+
+
+def _text(file: Path) -> str:
+    """Bytes that are no text spoil their line, not the file."""
+    return file.read_text(errors="replace")
+
+
+class OtherResults(ValueError):
+    """A file of results has those of another study."""
 
 
 class Store:
@@ -149,17 +158,17 @@ class Store:
     def __init__(self, file: Path, settings: Settings) -> None:
         self.file = file
         head = json.loads(json.dumps({"settings": asdict(settings), "tasks": facts()}))
-        if not file.exists():
+        if not file.exists() or not file.stat().st_size:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(head) + "\n")
-        elif _json(file.read_text().partition("\n")[0]) != head:
-            raise ValueError(
+        elif parsed(_text(file).partition("\n")[0]) != head:
+            raise OtherResults(
                 f"{file} holds runs with other settings, tasks or methods: name another folder with --output, or "
                 "remove the file"
             )
         self.results = {result.run: result for result in read(file)}
         # A line cut off in the middle by whatever ended the program is not read; it must not swallow the next.
-        if not file.read_text().endswith("\n"):
+        if not _text(file).endswith("\n"):
             with file.open("a") as stream:
                 stream.write("\n")
 
@@ -187,13 +196,15 @@ def facts() -> dict[str, Any]:
 
 
 def read(file: Path) -> Iterator[Result]:
+    """Of the lines that are runs, whole ones: another may have been cut off, or spoiled."""
     names = [field.name for field in dataclasses.fields(Run)]
-    for line in file.read_text().splitlines()[1:]:
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
+    for line in _text(file).splitlines()[1:]:
+        values = parsed(line)
+        if not isinstance(values, dict):
             continue
-        yield Result(Run(**{name: values.pop(name) for name in names}), values)
+        tested = values.get("stage") == "test"
+        if values.keys() >= {*names, *MEASURES, *(UNDER_ATTACK if tested else ())}:
+            yield Result(Run(**{name: values.pop(name) for name in names}), values)
 
 
 def rounded(figures: Figures) -> Figures:

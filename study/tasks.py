@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Literal
 
 import torch
@@ -78,4 +79,7 @@ def load(task: Task, limit: int | None, folder: Path) -> Data:
         unfinished = file.with_suffix(".part")
         torch.save([[part.inputs, part.target] for part in data], unfinished)
         unfinished.replace(file)
-    return Data(*(Part(tuple(inputs), target) for inputs, target in torch.load(file)))
+    try:
+        return Data(*(Part(tuple(inputs), target) for inputs, target in torch.load(file)))
+    except (RuntimeError, ValueError, TypeError, OSError, EOFError, UnpicklingError) as error:
+        raise OSError(f"{file} is no data of this study, remove it: {error}") from error

@@ -285,7 +285,10 @@ def test_runs_are_kept_and_not_made_again(tmp_path: Path) -> None:
     first, second = (a_result("ce", "search", rate, 1000, 0.123456789) for rate in (0.1, 1.0))
     store.add(first)
     with file.open("a") as stream:
+        stream.write('null\n[]\n{}\n3\n{"task": "digits", "method": "ce"}\n')
         stream.write('{"task": "digits", "meth')  # the program was ended in the middle
+    with file.open("ab") as stream:
+        stream.write(b"\xff")
     again = Store(file, QUICK)
     assert again.missing([first.run, second.run]) == [second.run]
     again.add(second)
@@ -406,7 +409,8 @@ def test_the_committed_report_is_that_of_the_committed_runs(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--workers", "0"], "--workers must be at least 1, got 0"),
+        (["--workers", "0"], "a core, got 0"),
+        (["--workers", "100000"], "--workers must be from 1 to"),
         (["--task", "imagenet"], "invalid choice: 'imagenet'"),
         (["--device", "tpu"], "expected cpu, cuda"),
     ],
@@ -424,12 +428,20 @@ def test_times_of_fewer_methods_do_not_replace_those_of_more(tmp_path: Path) -> 
     cost.kept(file, {"digits": {"cce": [3.0]}, "bbc": {"ce": [4.0]}})
     assert cost.kept(file, {}) == {"digits": {"ce": [1.0], "cce": [2.0]}, "bbc": {"ce": [4.0]}}
     assert cost.kept(file, {"bbc": {"ce": [5.0]}})["bbc"] == {"ce": [5.0]}
+    file.write_text('{"digits": {"ce": [1.')
+    assert cost.kept(file, {"bbc": {"ce": [5.0]}}) == {"bbc": {"ce": [5.0]}}
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda folder: folder.touch(), "--output must be a folder that can be written to"),
+        (lambda folder: (folder / "runs.jsonl").mkdir(parents=True), "Is a directory"),
+        (lambda folder: (folder.mkdir(), (folder / "data").touch()), "--output must be a folder"),
+        (
+            lambda folder: ((folder / "data").mkdir(parents=True), (folder / "data" / "digits_40.pt").write_text("?")),
+            "digits_40.pt is no data of this study, remove it",
+        ),
         (lambda folder: (folder.mkdir(), (folder / "runs.jsonl").write_text("{")), "name another folder with --output"),
     ],
 )
