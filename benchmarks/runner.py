@@ -154,6 +154,24 @@ def _times(steps: Mapping[str, timing.Step], buffers: int, settings: Settings) -
     return timing.host_times(steps, buffers, settings.rounds, settings.seconds)
 
 
+class StepError(Exception):
+    """A provider raised while it was timed, in turn with others."""
+
+    def __init__(self, provider: str, error: Exception) -> None:
+        super().__init__(provider)
+        self.provider, self.error = provider, error
+
+
+def _named(provider: str, step: timing.Step) -> timing.Step:
+    def run(index: int) -> object:
+        try:
+            return step(index)
+        except Exception as error:
+            raise StepError(provider, error) from error
+
+    return run
+
+
 class CaseRun:
     """One case in one dtype: buffers, the truths that providers share, and the rows."""
 
@@ -235,14 +253,22 @@ class CaseRun:
                 if measurement.graph:
                     times[name] = timing.graph_times(make, len(self.buffers), self.settings.seconds)
                     continue
-                steps[name] = make()
+                steps[name] = _named(name, make())
                 steps[name](0)
             except Exception as error:
                 steps.pop(name, None)
                 each.alive = each.alive and measurement.graph  # what cannot be captured is still timed elsewhere
-                status = "skipped" if late else "failed"
-                yield self._timed(each, measurement, None, status=status, message=message_of(error))
-        times |= _times(steps, len(self.buffers), self.settings)
+                status, text = "skipped" if late else "failed", message_of(getattr(error, "error", error))
+                yield self._timed(each, measurement, None, status=status, message=text)
+        while steps:
+            try:
+                times |= _times(steps, len(self.buffers), self.settings)
+                break
+            except StepError as error:  # on its second or hundredth call: the others are timed without it
+                del steps[error.provider]
+                each = taking_part[error.provider]
+                each.alive = False
+                yield self._timed(each, measurement, None, status="failed", message=message_of(error.error))
         for name, taken in times.items():
             yield self._timed(taking_part[name], measurement, taken)
         if any(each.provider.overwrites for each in ready):

@@ -132,18 +132,22 @@ def test_one_that_fails_costs_its_own_rows_only() -> None:
     assert [row.status for row in rows if row.provider == "measured"] == ["ok"] * 5
 
 
-def test_one_that_fails_while_it_is_timed_is_not_asked_again() -> None:
+@pytest.mark.parametrize("later", [0, 1, 3])  # when it is called once before it is timed, and among the calls that are
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
+def test_one_that_fails_while_it_is_timed_is_not_asked_again(later: int, error: type[Exception]) -> None:
     calls = 0
 
     def tires(logits: Tensor, target: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
-        if calls > 2 + 2 * resources.REPETITIONS:  # the check, one that warms up, and the counts of memory
-            raise RuntimeError("tired")
+        if calls > 2 + 2 * resources.REPETITIONS + later:  # the check, one that warms up, and the counts of memory
+            raise error("tired")
         return F.cross_entropy(logits, target)
 
-    rows = rows_of(provider(tires))
-    assert [(row.mode, row.status) for row in rows] == [("forward", "failed")]
+    rows = rows_of(provider(tires), dataclasses.replace(provider(F.cross_entropy), name="tireless"))
+    tired = [(row.mode, row.status, row.message) for row in rows if row.provider == "measured"]
+    assert tired == [("forward", "failed", f"{error.__name__}: tired")]
+    assert [row.status for row in rows if row.provider == "tireless"] == ["ok"] * 5
 
 
 def test_a_missing_package_is_named_and_the_rest_measured() -> None:
