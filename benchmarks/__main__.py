@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.arguments import at_least_one, device_argument, duration, output_file
 from benchmarks.cases import DTYPES, PARTS, Case
-from benchmarks.environment import device_argument, environment
+from benchmarks.environment import environment
 from benchmarks.progress import progress
 from benchmarks.providers import PROVIDERS
 from benchmarks.runner import Row, Settings, run
@@ -32,14 +33,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = [provider.name for provider in PROVIDERS]
-    parser.add_argument("--output", type=Path, help="JSON file to write, after every case")
+    parser.add_argument("--output", type=output_file, help="JSON file to write, after every case")
     parser.add_argument("--device", type=device_argument, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--part", choices=("small", "tokens", "cpu", "all"), default="all", help="which cases")
     parser.add_argument("--quick", action="store_true", help="tiny cases, in seconds: does everything run?")
     parser.add_argument("--provider", choices=names, action="append", help="only this one (may be repeated)")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="only this one (may be repeated)")
-    parser.add_argument("--threads", type=int, default=2, help="of PyTorch on the CPU")
-    parser.add_argument("--minutes", type=float, help=f"start nothing after this long; on a GPU {GPU_MINUTES:g}")
+    parser.add_argument("--threads", type=at_least_one, default=2, help="of PyTorch on the CPU")
+    parser.add_argument("--minutes", type=duration, help=f"start nothing after this long; on a GPU {GPU_MINUTES:g}")
     return parser.parse_args(arguments)
 
 

@@ -24,6 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.arguments import output_file
 from benchmarks.bounds import GPUS, Prediction, predict, programs_at_once, warps_at_most
 from benchmarks.machine_code import Program, parse_gcn, parse_sass
 from cot_kernels.backends.triton import gradient, launch, objectives, statistics, value_and_gradient
@@ -344,7 +345,7 @@ def report_on(variant: Variant) -> Report:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=TARGETS, action="append", help="only this target (may be repeated)")
-    parser.add_argument("--output", type=Path, help="file to write; standard output if not given")
+    parser.add_argument("--output", type=output_file, help="file to write; standard output if not given")
     arguments = parser.parse_args()
     wanted = [each for each in variants() if not arguments.target or each.target in arguments.target]
     with ProcessPoolExecutor(2) as pool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -18,6 +17,7 @@ from torch import Tensor
 
 import cot_kernels
 from benchmarks import timing
+from benchmarks.arguments import at_least_one, duration, output_file
 from benchmarks.cases import Case
 from benchmarks.environment import environment
 from benchmarks.progress import progress
@@ -51,9 +51,9 @@ def measure(case: Case, seconds: float) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=SECONDS)
+    parser.add_argument("--output", type=output_file, help="JSON file to write")
+    parser.add_argument("--threads", type=at_least_one, default=2)
+    parser.add_argument("--seconds", type=duration, default=SECONDS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     measured: list[dict[str, float]] = []

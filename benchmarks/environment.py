@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import platform
 import subprocess
@@ -13,20 +12,6 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 _CPU = torch.device("cpu")
-
-
-def device_argument(name: str) -> torch.device:
-    """For argparse: a device that can be measured here. A GPU becomes the current one, where kernels are launched."""
-    kind, _, index = name.partition(":")
-    number = int(index) if index.isdecimal() else 0
-    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
-        raise argparse.ArgumentTypeError(f"{name!r}: expected cpu, cuda, or cuda:0 and so on")
-    if kind == "cpu":
-        return torch.device("cpu")
-    if number >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"{name!r}: PyTorch sees {torch.cuda.device_count()} GPUs here")
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
 
 
 def environment(threads: int, device: torch.device = _CPU) -> dict[str, str | int]:

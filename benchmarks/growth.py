@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 
 import cot_kernels
 from benchmarks import resources, timing
+from benchmarks.arguments import at_least_one, duration, output_file
 from benchmarks.cases import Case
 from benchmarks.environment import environment
 from benchmarks.progress import progress
@@ -57,10 +57,10 @@ def measure(along: str, size: int, seconds: float) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--figure", type=Path, help="PNG file to write")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for each loss at each size")
+    parser.add_argument("--output", type=output_file, help="JSON file to write")
+    parser.add_argument("--figure", type=output_file, help="PNG file to write")
+    parser.add_argument("--threads", type=at_least_one, default=2)
+    parser.add_argument("--seconds", type=duration, default=SECONDS, help="for each loss at each size")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     points = [(along, size) for along in ("rows", "classes") for size in SIZES]

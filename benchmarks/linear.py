@@ -25,7 +25,8 @@ from torch.nn import functional as F
 
 import cot_kernels
 from benchmarks import timing
-from benchmarks.environment import device_argument, environment
+from benchmarks.arguments import at_least_one, device_argument, duration, output_file
+from benchmarks.environment import environment
 from benchmarks.progress import progress
 from benchmarks.runner import message_of
 from cot_kernels import reference
@@ -214,14 +215,14 @@ def timed(step: Step, tensors: tuple[Tensor, Tensor, Tensor], device: torch.devi
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--output", type=output_file, help="JSON file to write")
     parser.add_argument("--device", type=device_argument, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=2, help="of PyTorch on the CPU")
+    parser.add_argument("--threads", type=at_least_one, default=2, help="of PyTorch on the CPU")
     parser.add_argument(
         "--case", type=int, nargs=3, action="append", metavar=("ROWS", "FEATURES", "CLASSES"), help="may be repeated"
     )
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--seconds", type=float, default=0.2, help="of a provider in a round, on a GPU")
+    parser.add_argument("--rounds", type=at_least_one, default=ROUNDS)
+    parser.add_argument("--seconds", type=duration, default=0.2, help="of a provider in a round, on a GPU")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device: torch.device = options.device

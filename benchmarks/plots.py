@@ -1,4 +1,4 @@
-"""Figures from the suite's results: ``python -m benchmarks.plots FILE --output DIRECTORY``.
+"""Figures from results: ``python -m benchmarks.plots FILE --output DIRECTORY``.
 
 Share of the copy's bandwidth and speed-up against the number of classes, memory, and the latency of small problems,
 those that the results hold points for. Forward and backward together, with an upstream gradient that is not 1.
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -23,6 +24,7 @@ Rows: TypeAlias = Sequence[dict[str, Any]]
 Value: TypeAlias = Callable[[dict[str, Any]], float | None]  # of a row; None where it has none
 
 BASELINE = "published"
+SPREAD = 30  # between the highest and the lowest point of a figure: beyond it the axis is logarithmic
 SMALL_LOGITS = 1 << 19  # up to here a problem's time is mostly what its calls and launches cost
 
 # Okabe and Ito's palette; a provider has the same colour in every figure, and ours the solid lines.
@@ -78,7 +80,12 @@ def lines(rows: Rows, title: str, label: str, value: Value) -> Figure:
                 heights = [value(points[each]) or 0 for each in classes]
                 places = [sizes.index(each) for each in classes]
                 axes.plot(places, heights, style, color=COLORS[provider], marker="o", markersize=4, label=provider)
-        axes.set_ylim(bottom=0)
+        every = [height for line in axes.get_lines() for height in np.asarray(line.get_ydata())]
+        if max(every) > SPREAD * min(every):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+        else:
+            axes.set_ylim(bottom=0)
         axes.set_xticks(range(len(sizes)), [f"{each:,}" for each in sizes])
     found[-1][1].set_xlabel("classes")
     return with_legend(drawing, [axes for _, axes in found])
@@ -173,14 +180,33 @@ def write(figure: Figure, path: Path) -> None:
     figure.savefig(path)
 
 
+def results_file(text: str) -> list[dict[str, Any]]:
+    """For argparse: the rows of a results file."""
+    try:
+        rows = json.loads(Path(text).read_text())["results"]
+        if not all(row.keys() >= {"provider", "p50", "peak_bytes", "classes"} for row in rows):
+            raise KeyError
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error.strerror}") from error
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        wanted = "expected a file of python -m benchmarks, or of python -m benchmarks.growth"
+        raise argparse.ArgumentTypeError(f"{text!r} holds other results: {wanted}") from error
+    return list(rows)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="JSON files of python -m benchmarks, of one machine")
+    parser.add_argument(
+        "results", type=results_file, nargs="+",
+        help="JSON files of python -m benchmarks, of one machine, or of python -m benchmarks.growth",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, help="directory for the PNG files")
     parser.add_argument("--prefix", default="", help="of the files' names")
     options = parser.parse_args(arguments)
-    results = [row for path in options.results for row in json.loads(path.read_text())["results"]]
-    for name, figure in figures(results).items():
+    rows = [row for results in options.results for row in results]
+    grown = [row for row in rows if "along" in row]
+    drawn = figures([row for row in rows if "along" not in row])
+    for name, figure in (drawn | ({"growth": growth(grown)} if grown else {})).items():
         write(figure, options.output / f"{options.prefix}{name}.png")
 
 

@@ -13,9 +13,9 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import at_least_one, output_file
 from benchmarks.cases import DTYPES
 from benchmarks.environment import ROOT, environment
 from benchmarks.progress import progress
@@ -80,8 +80,8 @@ def count(rows: int, itemsize: int, classes: Iterable[int] = CLASSES) -> dict[st
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--output", type=output_file, help="JSON file to write")
+    parser.add_argument("--rounds", type=at_least_one, default=ROUNDS)
     options = parser.parse_args(arguments)
     medians = {name: statistics.median(times) for name, times in import_seconds(options.rounds).items()}
     counts = {

@@ -16,7 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks.environment import device_argument, environment
+from benchmarks.arguments import at_least_one, device_argument
+from benchmarks.environment import environment
 
 from . import cost, figures, report, tables, work
 from .methods import METHODS
@@ -34,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--output", type=Path, default=Path("study-results"), help="folder (default study-results)")
     made.add_argument("--task", action="append", choices=list(TASKS), help="only this one; may be given again")
     made.add_argument("--method", action="append", choices=list(METHODS), help="only this one; may be given again")
-    made.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    made.add_argument(
+        "--workers", type=at_least_one, default=os.cpu_count() or 1, help="processes (default: one a core)"
+    )
     made.add_argument("--device", type=device_argument, default="cpu", help="cpu (default), cuda or cuda:1")
     return made
 
@@ -43,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made = parser()
     options = made.parse_args(arguments)
     most = WORKERS_A_CORE * (os.cpu_count() or 1)
-    if not 1 <= options.workers <= most:
-        made.error(f"--workers must be from 1 to {most}, {WORKERS_A_CORE} a core, got {options.workers}")
+    if options.workers > most:
+        made.error(f"--workers must be at most {most}, {WORKERS_A_CORE} a core, got {options.workers}")
     settings = QUICK if options.quick else FULL
     tasks, methods = _in_order(options.task, TASKS), _in_order(options.method, METHODS)
     console = Console() if sys.stdout.isatty() else Console(width=180)

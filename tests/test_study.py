@@ -409,8 +409,8 @@ def test_the_committed_report_is_that_of_the_committed_runs(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--workers", "0"], "a core, got 0"),
-        (["--workers", "100000"], "--workers must be from 1 to"),
+        (["--workers", "0"], "'0': expected a whole number of at least 1"),
+        (["--workers", "100000"], "--workers must be at most"),
         (["--task", "imagenet"], "invalid choice: 'imagenet'"),
         (["--device", "tpu"], "expected cpu, cuda"),
     ],
