@@ -1,19 +1,24 @@
-"""What importing costs, and how many kernels are compiled as the number of classes varies.
+"""What importing and the first call cost, and how many kernels are compiled as the number of classes varies.
 
 ``python -m benchmarks.startup --output FILE`` imports torch, and torch with cot_kernels, in fresh processes that take
-turns; and counts, without compiling, the variants of the kernels that logits of 2 to 300,000 classes call for: what the
-launch table chooses, and what Triton makes of the integers it is given.
+turns; times the first and the second call of a loss in fresh processes, on a GPU with an empty cache of compiled
+kernels and with a full one; and counts, without compiling, the variants of the kernels that logits of 2 to 300,000
+classes call for: what the launch table chooses, and what Triton makes of the integers it is given.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+
+import torch
 
 from benchmarks.arguments import at_least_one, output_file
 from benchmarks.cases import DTYPES
@@ -25,9 +30,24 @@ CLASSES = range(2, 300_001)
 ROWS = {"many": 8192, "few": 64}  # of the latter, several programs share one
 MULTIPROCESSORS = 132  # of an H200
 ROUNDS = 15
+CALL_ROUNDS = 7
 
 IMPORTS = {"torch": "import torch", "cot_kernels": "import torch, cot_kernels"}
 _TIMED = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
+
+# cross_entropy before it starts what PyTorch starts at its first backward pass.
+_CALLS = """
+import json, time, torch, cot_kernels
+logits = torch.randn(128, 1000, device={device!r}, requires_grad=True)
+target = torch.zeros(128, dtype=torch.int64, device={device!r})
+seconds = []
+for loss in (torch.nn.functional.cross_entropy, cot_kernels.complement_entropy, cot_kernels.complement_entropy):
+    start = time.perf_counter()
+    loss(logits, target).backward()
+    logits.grad.sum().item()
+    seconds.append(time.perf_counter() - start)
+print(json.dumps(seconds[1:]))
+"""
 
 Variant = tuple[str | launch.Tile | int, ...]
 
@@ -43,6 +63,31 @@ def import_seconds(rounds: int) -> dict[str, list[float]]:
                 if turn:  # the first one fills the disk's cache, and compiles to bytecode
                     times[name].append(float(finished.stdout))
     return times
+
+
+def call_seconds(device: str, rounds: int) -> dict[str, float]:
+    """Medians of the first and the second call, both passes, at 128 x 1000; on a GPU of one that must compile too."""
+    environment = dict(os.environ)
+    first: list[float] = []
+    second: list[float] = []
+    compiling: list[float] = []
+
+    def calls() -> Any:
+        command = [sys.executable, "-c", _CALLS.format(device=device)]
+        finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        return json.loads(finished.stdout)
+
+    with progress(rounds) as advance:
+        for _ in range(rounds):
+            advance(f"first call, {device}")
+            with tempfile.TemporaryDirectory() as cache:
+                if device != "cpu":
+                    environment["TRITON_CACHE_DIR"] = cache
+                    compiling.append(calls()[0])
+                for times, seconds in zip((first, second), calls(), strict=True):
+                    times.append(seconds)
+    found = {"first": statistics.median(first), "second": statistics.median(second)}
+    return found | ({"compiling": statistics.median(compiling)} if compiling else {})
 
 
 def specialization(number: int) -> str:
@@ -68,7 +113,8 @@ def variants(rows: int, classes: int, itemsize: int) -> Iterator[Variant]:
         yield ("merge", merged, power, *integers, specialization(splits))
     yield ("statistics", tile, int(splits > 1), *integers, specialization(splits))
     yield ("reduce", specialization(programs))
-    yield ("gradient", tile, *integers, specialization(tiles))
+    turns = launch.choose_turns(tile, rows, tiles, MULTIPROCESSORS)
+    yield ("gradient", tile, *integers, specialization(tiles), specialization(turns))
 
 
 def count(rows: int, itemsize: int, classes: Iterable[int] = CLASSES) -> dict[str, int]:
@@ -84,6 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=at_least_one, default=ROUNDS)
     options = parser.parse_args(arguments)
     medians = {name: statistics.median(times) for name, times in import_seconds(options.rounds).items()}
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    calls = {device: call_seconds(device, min(CALL_ROUNDS, options.rounds)) for device in devices}
     counts = {
         dtype: {name: count(rows, torch_dtype.itemsize) for name, rows in ROWS.items()}
         for dtype, torch_dtype in DTYPES.items()
@@ -92,11 +140,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "environment": environment(1),
         "import_seconds": medians,
         "import_ratio": medians["cot_kernels"] / medians["torch"],
+        "call_seconds": calls,
         "classes": [CLASSES[0], CLASSES[-1]],
         "rows": ROWS,
         "variants": counts,
     }
     print(f"import torch {medians['torch']:.2f} s, with cot_kernels {medians['cot_kernels']:.2f} s")
+    for device, seconds in calls.items():
+        print(f"{device}: " + ", ".join(f"{name} call {each * 1e3:.1f} ms" for name, each in seconds.items()))
     for dtype, found in counts.items():
         for name, kernels in found.items():
             print(f"{dtype}, {name} rows: {sum(kernels.values())} variants, {kernels}")
