@@ -152,7 +152,7 @@ def test_splits(rows: int, tiles: int) -> None:
 @pytest.mark.parametrize("tiles", [1, 3, 1000])
 def test_turns(rows: int, tiles: int) -> None:
     """Programs take several tiles in turn only where that leaves twice as many as keep a GPU busy."""
-    long = Tile(rows=1, lanes=256, vec=8, align=8, warps=4)
+    long = Tile(rows=1, lanes=256, vec=8, align=8, warps=4, long=True)
     turns = launch.choose_turns(long, rows, tiles, 132)
     assert 1 <= turns <= 4
     assert turns == 1 or rows * tiles // turns >= 8 * 132
@@ -161,3 +161,20 @@ def test_turns(rows: int, tiles: int) -> None:
     turns = launch.choose_turns(side_by_side, 1024 * rows, tiles, 132)
     assert 1 <= turns <= tiles
     assert turns == 1 or rows * tiles // turns >= 8 * 132
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("rows", [5, 8, 11])
+def test_many_partial_sums_are_folded_first(rows: int, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    logits = torch.randn(rows, 600, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    target = torch.arange(rows)
+    target[2] = -100
+    expected = complement_cross_entropy(logits, target, gamma=-0.7, normalization="none", reduction=reduction)
+    objective = CrossEntropyObjective(1.0, 0.7)
+    monkeypatch.setattr(launch, "FOLD_BLOCK", 4)
+    loss, saved = backend.loss(logits.float().to(device), target.to(device), -100, objective, reduction)
+    torch.testing.assert_close(loss.double().cpu(), expected, rtol=1e-6, atol=0)
+    if reduction == "mean":
+        assert saved[2] is not None and saved[2].item() == pytest.approx(1 / (rows - 1))

@@ -1,7 +1,8 @@
 """The loss family in Triton: GPUs, and the CPU under Triton's interpreter.
 
-A loss is at most three launches: the statistics of the rows with the objective (a second one merges them where rows
-were split), the reduction, and, in the backward pass, the gradient. Nothing here waits for the device.
+A loss is three launches: the statistics of the rows with the objective (a second one merges them where rows were
+split), the reduction (two, of thousands of partial sums), and, in the backward pass, the gradient. Nothing here waits
+for the device.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from cot_kernels.backends import accumulation_dtype
 from cot_kernels.backends.triton import launch
 from cot_kernels.backends.triton.gradient import gradient_kernel
 from cot_kernels.backends.triton.objectives import device_twin
-from cot_kernels.backends.triton.statistics import merge_kernel, reduce_kernel, statistics_kernel
+from cot_kernels.backends.triton.statistics import fold_kernel, merge_kernel, reduce_kernel, statistics_kernel
 from cot_kernels.backends.triton.value_and_gradient import value_and_gradient_kernel
 from cot_kernels.objectives import Objective, cross_entropy_of
 
@@ -70,11 +71,12 @@ def _tile(*tensors: Tensor) -> launch.Tile:
         rows_aligned=rows_aligned,
         head_aligned=len(tensors) == 1 or (on_boundary and alike),
         rows_adjoin=on_boundary and all(_rows_adjoin(each) for each in tensors),
+        ends_written=len(tensors) > 1,
     )
 
 
 def _splits(tile: launch.Tile, num_rows: int, num_classes: int, device: torch.device) -> int:
-    if tile.rows > 1 or not num_rows:
+    if not tile.long or not num_rows:
         return 1
     tiles = triton.cdiv(num_classes + tile.overhang, tile.block)
     return launch.choose_splits(num_rows, tiles, _multiprocessors(device))
@@ -114,6 +116,7 @@ def _forward(
         OBJECTIVE=twin,
         REDUCES=reduces,
         SPLIT=splits > 1,
+        LONG=tile.long,
         ROWS=tile.rows,
         LANES=tile.lanes,
         VEC=tile.vec,
@@ -141,6 +144,11 @@ def loss(
         values, flat_target, state = _forward(logits, target, ignore_index, objective, reduction != "none")
         if reduction == "none":
             return values, (flat_target, state, None)
+        blocks = values.shape[1]
+        if blocks > launch.FOLD_BLOCK:
+            programs = triton.cdiv(blocks, launch.FOLD_BLOCK)
+            partials, values = values, values.new_empty((2, programs))
+            fold_kernel[(programs,)](partials, values, blocks, BLOCK=launch.FOLD_BLOCK, num_warps=8)
         result, factor = values.new_empty(()), values.new_empty(())
         reduce_kernel[(1,)](
             values, result, factor, values.shape[1], MEAN=reduction == "mean", BLOCK=_REDUCE_BLOCK, num_warps=4
@@ -150,7 +158,7 @@ def loss(
 
 def _register_limit(tile: launch.Tile) -> dict[str, int]:
     """An option of NVIDIA's compiler alone."""
-    return {"maxnreg": launch.GRADIENT_REGISTERS} if tile.rows == 1 and torch.version.hip is None else {}
+    return {"maxnreg": launch.GRADIENT_REGISTERS} if tile.long and torch.version.hip is None else {}
 
 
 def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None = None) -> Tensor:
@@ -176,7 +184,8 @@ def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None
             num_rows, num_classes, inner, *strides, *_strides(grad)[1:],
             upstream.stride(0) if upstream.numel() == num_rows and num_rows > 1 else 0, tiles, turns,
             HAS_FACTOR=factor is not None,
-            ROWS=tile.rows,
+        LONG=tile.long,
+        ROWS=tile.rows,
             BLOCK=tile.block,
             VEC=tile.vec,
             ALIGN=tile.align,
@@ -248,7 +257,8 @@ def value_and_gradient(
             OBJECTIVE=twin,
             HAS_UPSTREAM=upstream is not None,
             GRADIENT=wanted,
-            ROWS=tile.rows,
+        LONG=tile.long,
+        ROWS=tile.rows,
             LANES=tile.lanes,
             VEC=tile.vec,
             ALIGN=tile.align,

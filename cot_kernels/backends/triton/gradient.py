@@ -165,13 +165,14 @@ def gradient_kernel(
     tiles,
     turns,
     HAS_FACTOR: tl.constexpr,
+    LONG: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
     ALIGN: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """The gradient of ``turns`` tiles of BLOCK classes of one row, or of ROWS rows."""
+    """The gradient of ``turns`` tiles of BLOCK classes of one long row, or of ROWS rows."""
     program = tl.program_id(0).to(tl.int64)
     shares = tl.cdiv(tiles, turns)  # programs to a row
     block = program // shares
@@ -179,7 +180,7 @@ def gradient_kernel(
     first = (program - block * shares).to(tl.int32) * turns
     dtype: tl.constexpr = state_pointer.dtype.element_ty
 
-    if ROWS == 1:
+    if LONG:
         row = block
         target = tl.load(target_pointer + row).to(tl.int64)
         state = state_pointer + row

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Rows of at most this many classes share a program; longer ones have one, or several, to themselves.
+# Rows of at most this many classes are taken whole, several by a program up to half as many; of longer ones a program
+# takes tile after tile.
 SHORT_ROW = 1024
 
 # Programs to keep every multiprocessor busy: with fewer rows than this many a multiprocessor, rows are split.
@@ -14,6 +15,9 @@ PROGRAMS_PER_MULTIPROCESSOR = 4
 # share a multiprocessor, which then has 32 KiB of logits under way. Left alone the compiler takes up to 128.
 GRADIENT_REGISTERS = 64
 
+# Of more partial sums than this the last program would take longer, a turn's latency after the other, than all before.
+FOLD_BLOCK = 4096
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -21,7 +25,7 @@ class Tile:
 
     ``vec`` neighbouring classes are folded within a thread. ``align`` is the number of classes in 16 bytes where
     accesses of that width can be promised to the compiler, and 1 where not. With ``heads`` rows begin anywhere, and
-    each is read from the boundary before it.
+    each is read from the boundary before it. A ``long`` row takes many tiles, of which most need no mask.
     """
 
     rows: int
@@ -30,6 +34,7 @@ class Tile:
     align: int
     warps: int
     heads: bool = False
+    long: bool = False
 
     @property
     def block(self) -> int:
@@ -38,7 +43,7 @@ class Tile:
     @property
     def overhang(self) -> int:
         """Places before the first class of a row, at most."""
-        if self.rows == 1:
+        if self.long:
             return self.align - 1
         return self.vec - 1 if self.heads else 0
 
@@ -55,6 +60,7 @@ def choose_tile(
     rows_aligned: bool,
     head_aligned: bool,
     rows_adjoin: bool = False,
+    ends_written: bool = False,
 ) -> Tile:
     """The tile for rows of ``num_classes`` logits of ``itemsize`` bytes.
 
@@ -63,6 +69,7 @@ def choose_tile(
         rows_aligned: every row begins on a 16-byte boundary.
         head_aligned: no row does for certain, but the rows of all tensors involved begin equally far from one.
         rows_adjoin: neighbouring rows are neighbours in memory, 16 of them from a 16-byte boundary on, in all tensors.
+        ends_written: where rows begin anywhere, the accesses at either end of one are written class by class.
     """
     vec = 16 // itemsize
     # Logits a thread holds: 16, and a quarter as many in float64, so that no variant runs out of registers.
@@ -75,13 +82,18 @@ def choose_tile(
         return Tile(rows=128, lanes=1, vec=4, align=1, warps=4)
     if num_classes <= SHORT_ROW:
         aligned = rows_aligned and num_classes % vec == 0
-        heads = head_aligned and not aligned
+        # Of a few accesses most are ends: all are then written class by class, and read so.
+        heads = head_aligned and not aligned and not (ends_written and num_classes <= 4 * vec)
         block = min(max(next_power_of_two(num_classes + (vec - 1 if heads else 0)), vec), SHORT_ROW)
+        if block >= 512 and itemsize <= 4:
+            # A warp a row: what every thread of a row does once, its merge and its loss, is done by the fewest.
+            return Tile(rows=1, lanes=block // vec, vec=vec, align=vec if aligned else 1, warps=1, heads=heads)
         rows = max(2, 2048 // wide // block)
         return Tile(rows=rows, lanes=block // vec, vec=vec, align=vec if aligned else 1, warps=4, heads=heads)
-    warps = 4 if num_classes <= 8192 else 8
+    # Four tiles a row or more: what a thread does once a row is spread over 64 logits.
+    warps = min(max(next_power_of_two(num_classes) // 2048, 1), 8)
     block = 512 * warps // wide
-    return Tile(rows=1, lanes=block // vec, vec=vec, align=vec if head_aligned else 1, warps=warps)
+    return Tile(rows=1, lanes=block // vec, vec=vec, align=vec if head_aligned else 1, warps=warps, long=True)
 
 
 def choose_splits(num_rows: int, tiles: int, multiprocessors: int) -> int:
@@ -96,5 +108,5 @@ def choose_turns(tile: Tile, num_rows: int, tiles: int, multiprocessors: int) ->
     """Tiles of its row or rows that a program takes in turn: several save instructions, and reading the state of many
     rows again, where enough programs are left."""
     programs = -(-num_rows // tile.rows) * tiles
-    most = 4 if tile.rows == 1 else tiles
+    most = 4 if tile.long else tiles
     return max(1, min(most, programs // (multiprocessors * 2 * PROGRAMS_PER_MULTIPROCESSOR)))

@@ -149,13 +149,14 @@ def statistics_kernel(
     OBJECTIVE: tl.constexpr,
     REDUCES: tl.constexpr,
     SPLIT: tl.constexpr,
+    LONG: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     ALIGN: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """(m, s, t) of ROWS rows, or of one of the splits of a row; without splits, the rows are finished at once."""
+    """(m, s, t) of ROWS rows, or of one of the splits of a long row; without splits, the rows are finished at once."""
     BLOCK: tl.constexpr = LANES * VEC
     program = tl.program_id(0).to(tl.int64)
     block = program // splits if SPLIT else program
@@ -166,7 +167,7 @@ def statistics_kernel(
     target, wanted, stray = load_targets(target_pointer, rows, num_rows, num_classes, ignore_index)
 
     dtype: tl.constexpr = tl.float64 if logits_pointer.dtype.element_ty == tl.float64 else tl.float32
-    if ROWS == 1:
+    if LONG:
         one_target, one_wanted, _ = load_targets(target_pointer, block, num_rows, num_classes, ignore_index)
         base = row_pointers(logits_pointer, block, inner, stride_n, stride_d)
         head = misalignment(base, ALIGN)
@@ -317,6 +318,17 @@ def finish(
             tl.store(values_pointer + blocks + block, tl.sum(tl.where(wanted, 1.0, 0.0), 0))
         else:
             tl.store(values_pointer + rows, loss, mask=inside)
+
+
+@triton.jit
+def fold_kernel(partials_pointer, folded_pointer, blocks, BLOCK: tl.constexpr):
+    """[2, blocks] partial losses and counts to one of each a program, so that one program can sum up what is left."""
+    program = tl.program_id(0).to(tl.int64)
+    place = program * BLOCK + tl.arange(0, BLOCK)
+    loss = tl.load(partials_pointer + place, mask=place < blocks, other=0.0)
+    count = tl.load(partials_pointer + blocks + place, mask=place < blocks, other=0.0)
+    tl.store(folded_pointer + program, tl.sum(loss, 0))
+    tl.store(folded_pointer + tl.num_programs(0) + program, tl.sum(count, 0))
 
 
 @triton.jit

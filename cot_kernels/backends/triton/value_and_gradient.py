@@ -41,6 +41,7 @@ def value_and_gradient_kernel(
     OBJECTIVE: tl.constexpr,
     HAS_UPSTREAM: tl.constexpr,
     GRADIENT: tl.constexpr,
+    LONG: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
@@ -57,7 +58,7 @@ def value_and_gradient_kernel(
     dtype: tl.constexpr = tl.float64 if logits_pointer.dtype.element_ty == tl.float64 else tl.float32
     target_logit = load_target_logits(logits_pointer, rows, target, wanted, 1, stride_n, 1, 0, dtype)
 
-    if ROWS == 1:
+    if LONG:
         one_target, one_wanted, _ = load_targets(target_pointer, block, num_rows, num_classes, ignore_index)
         base = logits_pointer + block * stride_n
         head = misalignment(base, ALIGN)
@@ -98,7 +99,7 @@ def value_and_gradient_kernel(
         slope = d_negentropy * LN2 * upstream
         offset = tl.where(stray, nan, d_negentropy * negentropy - d_log_odds) * upstream
         at_target = -d_log_odds * upstream
-        if ROWS == 1:
+        if LONG:
             one_shift = tl.sum(shift, 0)
             one_log_total = tl.where(one_wanted, tl.sum(log_total, 0), float("inf"))
             one_slope = tl.sum(slope, 0)
