@@ -1,8 +1,8 @@
 """What bounds a streaming kernel on a GPU, from what was counted in its machine code. Predictions, not measurements.
 
-A logit costs three times, of which the longest bounds the kernel: its bytes at the bandwidth of a copy, its
-instructions at the rate the schedulers issue them, and its exponentials and the like at the rate of the special
-function units. That holds while enough bytes are under way to cover the latency of memory (Little's law).
+A logit costs four times, of which the longest bounds the kernel: its bytes at the bandwidth of a copy, its reads at the
+bytes under way a latency (Little's law), its instructions at the rate the schedulers issue them, and its exponentials
+and the like at the rate of the special function units.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from dataclasses import dataclass
 # Of the bandwidth in a datasheet, what a large copy reaches: a rule of thumb. To be replaced by a measurement.
 COPY_SHARE = 0.9
 
-# Seconds from a load to its data under load: a rule of thumb for recent NVIDIA GPUs.
+# Seconds from a load to its data under load, from device memory and from the L2 cache: rules of thumb for recent NVIDIA
+# GPUs. Nothing waits for a store.
 LATENCY = 700e-9
+L2_LATENCY = 300e-9
 
 _WARP = 32
 _SCHEDULERS = 4  # of a multiprocessor, each issuing one instruction of a warp a cycle
@@ -44,11 +46,6 @@ class Gpu:
     def copy_bandwidth(self) -> float:
         return COPY_SHARE * self.bytes_per_second
 
-    @property
-    def bytes_to_cover_latency(self) -> float:
-        """Bytes that a multiprocessor must have under way."""
-        return self.copy_bandwidth * LATENCY / self.multiprocessors
-
 
 GPUS = (
     Gpu("A100", "sm_80", 108, 1.41e9, 2.04e12),
@@ -61,21 +58,30 @@ GPUS = (
 @dataclass(frozen=True)
 class Prediction:
     gpu: str
-    bound: str  # "bytes", "issue slots" or "special functions"
+    bound: str  # "bytes", "latency", "issue slots" or "special functions"
     share: float  # of the bandwidth of a copy
     headroom: float  # time of the bytes over that of the next longest
 
 
-def predict(gpu: Gpu, bytes_per_logit: float, instructions: float, special: float) -> Prediction:
-    """From what one logit takes of each."""
+def predict(
+    gpu: Gpu, bytes_per_logit: float, turns_per_logit: float, second_read: bool, instructions: float, special: float
+) -> Prediction:
+    """From what one logit takes of each.
+
+    Args:
+        turns_per_logit: its share of what a multiprocessor has under way at once.
+        second_read: whether it is read again, from the L2 cache.
+    """
     cycles = gpu.multiprocessors * gpu.hertz
+    latency = LATENCY + (L2_LATENCY if second_read else 0)
     times = {
         "bytes": bytes_per_logit / gpu.copy_bandwidth,
+        "latency": turns_per_logit * latency / gpu.multiprocessors,
         "issue slots": instructions / (cycles * _SCHEDULERS * _WARP),
         "special functions": special / (cycles * _SPECIAL_LANES),
     }
     bound = max(times, key=times.__getitem__)
-    beside = max(times["issue slots"], times["special functions"])
+    beside = max(seconds for name, seconds in times.items() if name != "bytes")
     return Prediction(gpu.name, bound, times["bytes"] / times[bound], times["bytes"] / beside)
 
 

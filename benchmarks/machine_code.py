@@ -23,11 +23,12 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Path:
-    """What one thread executes on the usual way."""
+    """What one thread executes: in a turn of the main loop, or loops, and once beside them."""
 
-    instructions: int
-    special: int
-    in_loop: bool  # a turn of the main loop, or where there is none all from entry to exit
+    turn: int
+    turn_special: int
+    once: int
+    once_special: int
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,10 @@ class Program:
         return min(arrived, default=None)
 
     def usual_path(self, elements: int, loops: int = 1) -> Path:
-        """The usual way through a tile of which a thread computes ``elements`` logits, in each of ``loops`` in turn."""
+        """The usual way through a tile of which a thread computes ``elements`` logits, in each of ``loops`` in turn.
+
+        Without a loop, from entry to exit, all counts as one turn.
+        """
         turns = [
             (found, target, index)
             for index in range(len(self.instructions))
@@ -75,15 +79,20 @@ class Program:
         for turn in sorted(turns):
             if all(turn[1] > last or turn[2] < first for _, first, last in apart):
                 apart.append(turn)
-        if apart:
-            counts = [found for found, *_ in apart[:loops]]
-            if len(counts) < loops:
-                raise ValueError(f"{len(counts)} loops of the kernel compute {elements} exponentials, not {loops}")
-            return Path(sum(length for length, _ in counts), sum(special for _, special in counts), in_loop=True)
-        whole = self.shortest(0, None, elements)
-        if whole is None:
-            raise ValueError(f"no way through the kernel computes {elements} exponentials")
-        return Path(*whole, in_loop=False)
+        whole = self.shortest(0, None, elements * loops)
+        if not apart:
+            if whole is None:
+                raise ValueError(f"no way through the kernel computes {elements * loops} exponentials")
+            return Path(*whole, 0, 0)
+        if len(apart) < loops:
+            raise ValueError(f"{len(apart)} loops of the kernel compute {elements} exponentials, not {loops}")
+        length, special = (sum(found[at] for found, *_ in apart[:loops]) for at in (0, 1))
+        if whole is not None:
+            return Path(length, special, whole[0] - length, whole[1] - special)
+        # A turn begins before the head of its loop: in its place the way of a row without tiles.
+        beside = self.shortest(0, None, 0)
+        assert beside is not None
+        return Path(length, special, *beside)
 
 
 _SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")

@@ -169,40 +169,62 @@ def margin_table(headings: list[str], cells: Callable[[dict[str, Any]], list[str
     return "\n".join([*lines, "", f"{about['cpu']}, torch {about['torch']}; `benchmarks/results/numerics.json`."])
 
 
-def streaming_reports() -> list[dict[str, Any]]:
-    """Of benchmarks/compile_report.py: long rows, and of the losses complement_entropy."""
-
-    def listed(about: dict[str, Any]) -> bool:
-        usual = about["reduces"] and about["objective"] == "complement_entropy" and not about["split"]
-        return about["layout"] == "long" and (usual or about["kernel"] == "value_and_gradient")
-
-    reports = json.loads(KERNEL_RESULTS.read_text())
-    return [each for each in reports if listed(each["variant"]) and each["executed_per_logit"] is not None]
+def kernel_reports(**wanted: Any) -> list[dict[str, Any]]:
+    """Of benchmarks/compile_report.py: of the losses complement_entropy under a mean, of the linear ones the usual."""
+    usual = {"mean": "complement_entropy", "in place": "cross_entropy"}
+    reports: list[dict[str, Any]] = json.loads(KERNEL_RESULTS.read_text())["reports"]
+    return [
+        report
+        for report in reports
+        if report["loop_per_logit"] is not None
+        and usual.get(report["case"]["call"]) == report["case"]["objective"]
+        and all(report["case"][key] == value for key, value in wanted.items())
+    ]
 
 
 def kernel_table() -> str:
+    """Rows of 128,256 classes."""
     lines = [
-        "| kernel | target | logits | registers | occupancy | KiB under way | executed | special | beside |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+        "| kernel | target | logits | registers | occupancy | KiB under way | loop | special | once | beside |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for report in streaming_reports():
-        variant = [report["variant"][key] for key in ("kernel", "target", "dtype")]
-        counts = f"{report['executed_per_logit']:.1f} | {report['special_per_logit']:.2f} | {report['off_path']}"
+    for report in kernel_reports(classes=128256, rows=8192):
+        variant = [report["kernel"], report["case"]["target"], report["case"]["dtype"]]
+        loop = f"{report['loop_per_logit']:.1f} | {report['loop_special_per_logit']:.2f}"
         residence = f"{report['registers']} | {100 * report['occupancy']:.0f} % | {report['bytes_in_flight'] >> 10}"
-        lines.append(f"| {' | '.join(variant)} | {residence} | {counts} |")
-    return "\n".join([*lines, "", "`benchmarks/results/compile_report.json`."])
+        lines.append(f"| {' | '.join(variant)} | {residence} | {loop} | {report['once']} | {report['off_path']} |")
+    about = json.loads(KERNEL_RESULTS.read_text())["environment"]
+    return "\n".join([*lines, "", f"Triton {about['triton']}; `benchmarks/results/compile_report.json`."])
+
+
+def layout_table() -> str:
+    """How every layout fares on an H200, in bfloat16: counts of sm_90, and the share of a copy's bandwidth."""
+    found: dict[tuple[str, int], dict[str, str]] = {}
+    for report in kernel_reports(target="sm_90", dtype="bf16", rows=8192):
+        case = report["case"]
+        share = next(each for each in report["predicted"] if each["gpu"] == "H200")["share"]
+        cell = f"{report['executed_per_logit']:.0f} | {report['registers']} | {100 * share:.0f} %"
+        found.setdefault((case["layout"], case["classes"]), {})[report["kernel"]] = cell
+    kernels = ("statistics", "gradient", "value_and_gradient")
+    lines = [
+        "| rows | classes | " + " | ".join(f"{name} | registers | share" for name in kernels) + " |",
+        "|---|---:|" + "---:|" * 9,
+    ]
+    for (layout, classes), cells in found.items():
+        listed = " | ".join(cells.get(kernel, " |  | ") for kernel in kernels)
+        lines.append(f"| {layout} | {classes:,} | {listed} |")
+    return "\n".join(lines)
 
 
 def prediction_table() -> str:
-    """What bounds each kernel in bfloat16; see benchmarks/bounds.py."""
+    """What bounds each kernel in bfloat16 at 128,256 classes; see benchmarks/bounds.py."""
     lines = ["| kernel | GPU | bound | share of copy bandwidth | headroom |", "|---|---|---|---:|---:|"]
-    for report in streaming_reports():
-        if report["variant"]["dtype"] == "bf16":
-            lines += [
-                f"| {report['variant']['kernel']} | {each['gpu']} | {each['bound']} | {100 * each['share']:.0f} % "
-                f"| {each['headroom']:.1f} |"
-                for each in report["predicted"]
-            ]
+    for report in kernel_reports(classes=128256, rows=8192, dtype="bf16"):
+        lines += [
+            f"| {report['kernel']} | {each['gpu']} | {each['bound']} | {100 * each['share']:.0f} % "
+            f"| {each['headroom']:.1f} |"
+            for each in report["predicted"]
+        ]
     return "\n".join(lines)
 
 
@@ -238,7 +260,11 @@ def fill(text: str, name: str, content: str) -> str:
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"cpu": cpu_table, "demo": demo_table},
     ROOT / "docs" / "pytorch.md": {"dispatch": dispatch_table},
-    ROOT / "docs" / "kernels.md": {"kernels": kernel_table, "predictions": prediction_table},
+    ROOT / "docs" / "kernels.md": {
+        "kernels": kernel_table,
+        "predictions": prediction_table,
+        "layouts": layout_table,
+    },
     ROOT / "docs" / "performance.md": {"goals": goals_table, "startup": startup_table},
     ROOT / "docs" / "linear.md": {"linear": linear_table},
     ROOT / "docs" / "training.md": {"training": training_table},

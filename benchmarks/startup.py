@@ -100,9 +100,14 @@ def specialization(number: int) -> str:
 def variants(rows: int, classes: int, itemsize: int) -> Iterator[Variant]:
     """The kernels that one objective's mean compiles, forward and backward, for contiguous (rows, classes) logits."""
     aligned = classes * itemsize % 16 == 0
-    tile = launch.choose_tile(classes, itemsize, classes_adjoin=True, rows_aligned=aligned, head_aligned=True)
+    tile, written = (
+        launch.choose_tile(
+            classes, itemsize, classes_adjoin=True, rows_aligned=aligned, head_aligned=True, ends_written=ends_written
+        )
+        for ends_written in (False, True)
+    )
     tiles = -(-(classes + tile.overhang) // tile.block)
-    splits = launch.choose_splits(rows, tiles, MULTIPROCESSORS) if tile.rows == 1 else 1
+    splits = launch.choose_splits(rows, tiles, MULTIPROCESSORS) if tile.long else 1
     # Rows and classes, and the strides: classes, 1, and that of an absent dimension, 0.
     integers = tuple(specialization(number) for number in (rows, classes, 1, classes, 1, 0))
     programs = -(-rows // tile.rows)
@@ -112,9 +117,13 @@ def variants(rows: int, classes: int, itemsize: int) -> Iterator[Variant]:
         programs = -(-rows // merged)
         yield ("merge", merged, power, *integers, specialization(splits))
     yield ("statistics", tile, int(splits > 1), *integers, specialization(splits))
+    if programs > launch.FOLD_BLOCK:
+        yield ("fold", specialization(programs))
+        programs = -(-programs // launch.FOLD_BLOCK)
     yield ("reduce", specialization(programs))
-    turns = launch.choose_turns(tile, rows, tiles, MULTIPROCESSORS)
-    yield ("gradient", tile, *integers, specialization(tiles), specialization(turns))
+    tiles = -(-(classes + written.overhang) // written.block)
+    turns = launch.choose_turns(written, rows, tiles, MULTIPROCESSORS)
+    yield ("gradient", written, *integers, specialization(tiles), specialization(turns))
 
 
 def count(rows: int, itemsize: int, classes: Iterable[int] = CLASSES) -> dict[str, int]:

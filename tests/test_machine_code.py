@@ -26,8 +26,10 @@ KERNEL = """
 
 
 def test_usual_path_is_the_shortest_turn_that_computes() -> None:
+    """Beside it, from entry to exit: the two instructions before the loop, and the two after."""
     path = parse_sass(KERNEL).usual_path(2)
-    assert (path.instructions, path.special, path.in_loop) == (5, 2, True)
+    assert (path.turn, path.turn_special) == (5, 2)
+    assert (path.once, path.once_special) == (4, 1)
 
 
 TWICE = KERNEL.replace(
@@ -44,7 +46,7 @@ TWICE = KERNEL.replace(
 def test_two_loops_are_counted_together() -> None:
     """The loop that holds both is none of them."""
     path = parse_sass(TWICE).usual_path(2, loops=2)
-    assert (path.instructions, path.special, path.in_loop) == (5 + 3, 4, True)
+    assert (path.turn, path.turn_special) == (5 + 3, 4)
     with pytest.raises(ValueError, match="1 loops of the kernel compute 2 exponentials, not 2"):
         parse_sass(KERNEL).usual_path(2, loops=2)
 
@@ -52,12 +54,12 @@ def test_two_loops_are_counted_together() -> None:
 def test_without_a_loop_all_is_counted() -> None:
     straight = "\n".join(line for line in KERNEL.splitlines() if "`(.L_x_0)" not in line)
     path = parse_sass(straight).usual_path(2)
-    assert (path.instructions, path.special, path.in_loop) == (8, 3, False)
+    assert (path.turn, path.turn_special, path.once, path.once_special) == (8, 3, 0, 0)
 
 
 def test_uniform_branches_are_conditional() -> None:
     uniform = KERNEL.replace("@P1 BRA `(.L_x_1)", "    BRA.U UP0, `(.L_x_1)")
-    assert parse_sass(uniform).usual_path(2).instructions == 5
+    assert parse_sass(uniform).usual_path(2).turn == 5
 
 
 def test_a_program_that_cannot_compute_its_tile_is_an_error() -> None:
@@ -90,6 +92,6 @@ kernel:                                 ; @kernel
 def test_assembly_of_amd() -> None:
     """The turn begins at the latch, which lies before the head of the loop."""
     path = parse_gcn(AMD).usual_path(1)
-    assert (path.instructions, path.special, path.in_loop) == (6, 2, True)
+    assert (path.turn, path.turn_special, path.once, path.once_special) == (6, 2, 3, 0)
     straight = parse_gcn(AMD.replace("s_branch .LBB0_1", "s_nop 0")).usual_path(1)
-    assert (straight.instructions, straight.special, straight.in_loop) == (8, 2, False)
+    assert (straight.turn, straight.turn_special, straight.once) == (8, 2, 0)

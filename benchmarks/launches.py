@@ -1,0 +1,211 @@
+"""The kernels that the backend launches, compiled for GPUs that need not be there.
+
+The backend is called as the losses call it, on logits without data. What it launches is handed to Triton with the
+very arguments, and compiled for what Triton specializes those on: integers that are 1 or that 16 divides, aligned
+pointers, 32 or 64 bits. It must run without TRITON_INTERPRET, which replaces the compiler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+from unittest import mock
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from cot_kernels.backends.triton import backend
+from cot_kernels.objectives import (
+    ComplementEntropyObjective,
+    CrossEntropyObjective,
+    GuidedComplementEntropyObjective,
+    Objective,
+)
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+OBJECTIVES: dict[str, Objective] = {
+    "complement_entropy": ComplementEntropyObjective(1.0, 1e-7),
+    "guided_complement_entropy": GuidedComplementEntropyObjective(1.0, 1e-7, 0.2),
+    "cross_entropy": CrossEntropyObjective(1.0, -0.5),
+}
+MANY, FEW = 8192, 64  # rows; of so few long ones, several programs share one
+
+# How the logits lie. Rows of up to 1,024 classes share a program; longer ones have one, or several, to themselves.
+Layout: TypeAlias = Literal[
+    "short",  # each begins on a 16-byte boundary
+    "short, odd",  # anywhere
+    "short, sliced",  # of a wider tensor, whose rows begin elsewhere than those of the gradient
+    "long",
+    "long, odd",
+    "long, sliced",
+    "class-major",  # (N, K, d1, d2), sizes that 16 divides
+    "class-major, odd",
+]
+
+# Every tile that the launch table holds: one number of classes for each width of a short row's block.
+CLASSES: dict[Layout, tuple[int, ...]] = {
+    "short": (8, 16, 32, 64, 128, 256, 512, 1000),
+    "short, odd": (5, 9, 25, 57, 121, 249, 505, 1001),
+    "short, sliced": (10, 1001),
+    "long": (4096, 128256),
+    "long, odd": (5001, 50257),
+    "long, sliced": (50257,),
+    "class-major": (21,),
+    "class-major, odd": (21,),
+}
+
+# What the losses do: a reduction, forward and backward; the differentiable statistics; and, for private logits, whose
+# rows all begin on a boundary, both passes in place, with an upstream gradient or without, or the values alone.
+Call: TypeAlias = Literal["mean", "sum", "none", "statistics", "in place", "in place, upstream", "values"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of the backend."""
+
+    call: Call
+    layout: Layout
+    classes: int
+    dtype: str
+    target: str
+    objective: str
+    rows: int = MANY
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel that was launched: what was compiled, and the arguments and constants it was given."""
+
+    kernel: str
+    arguments: dict[str, Any]
+    warps: int
+    compiled: Any  # triton.compiler.CompiledKernel
+
+
+def cases(target: str) -> Iterator[Case]:
+    """Each tile and dtype under one objective; each objective and call on a short and a long row.
+
+    fp16 takes the tiles of bf16, and fp64, which is for checking gradients, is compiled for one target: one number of
+    classes of each layout. What follows a row's statistics depends on the logits only through the precision it is
+    computed in, so bf16 and fp64 stand for all dtypes there.
+    """
+    for dtype in DTYPES if target == "sm_90" else [each for each in DTYPES if each != "fp64"]:
+        for layout, every in CLASSES.items():
+            for classes in every if dtype in ("fp32", "bf16") else every[-1:]:
+                yield Case("mean", layout, classes, dtype, target, "complement_entropy")
+                if layout in ("short", "short, odd", "long", "long, odd"):
+                    yield Case("in place", layout, classes, dtype, target, "cross_entropy")
+        for layout in ("long", "long, odd"):
+            yield Case("mean", layout, CLASSES[layout][-1], dtype, target, "complement_entropy", FEW)
+        if dtype in ("bf16", "fp64"):
+            yield from _calls(dtype, target)
+
+
+def _calls(dtype: str, target: str) -> Iterator[Case]:
+    short, long = (CLASSES[layout][-1] for layout in ("short", "long"))
+    for objective in OBJECTIVES:
+        for usual in (
+            Case("mean", "short", short, dtype, target, objective),
+            Case("mean", "long", long, dtype, target, objective),
+            Case("mean", "long", long, dtype, target, objective, FEW),
+        ):
+            yield usual
+            yield replace(usual, call="none")
+            if usual.rows == MANY:
+                yield replace(usual, call="in place")
+                yield replace(usual, call="in place, upstream")
+    for usual in (
+        Case("statistics", "short", short, dtype, target, "complement_entropy"),
+        Case("statistics", "long", long, dtype, target, "complement_entropy"),
+    ):
+        yield from (usual, replace(usual, call="sum"), replace(usual, call="values"))
+    yield Case("statistics", "long", long, dtype, target, "complement_entropy", FEW)
+
+
+def _logits(case: Case) -> Tensor:
+    shape: tuple[int, ...] = (case.rows, case.classes)
+    if case.layout.startswith("class-major"):
+        shape = (8, case.classes, 512 * 512 if case.layout == "class-major" else 511 * 511)
+    logits = torch.empty(shape, dtype=DTYPES[case.dtype], device="meta")
+    private = case.call.startswith("in place") or case.call == "values"
+    if not private and not case.layout.endswith("sliced"):
+        return logits
+    per_access = 16 // logits.itemsize
+    wide = -(-case.classes // per_access) * per_access
+    return logits.new_empty((case.rows, wide))[:, : case.classes]
+
+
+def _call(case: Case) -> None:
+    logits = _logits(case)
+    rows = logits.shape[0] * (logits.shape[2] if logits.dim() == 3 else 1)
+    target = torch.empty(rows, dtype=torch.int64, device="meta")
+    objective = OBJECTIVES[case.objective]
+    if case.call in ("mean", "sum", "none"):
+        loss, saved = backend.loss(logits, target, -100, objective, case.call)
+        backend.gradient(logits, saved, torch.empty_like(loss))
+    elif case.call == "statistics":
+        *outputs, saved = backend.statistics(logits, target, -100)
+        backend.statistics_gradient(logits, saved, *outputs)
+    else:
+        upstream = torch.empty(rows, device="meta") if case.call == "in place, upstream" else None
+        backend.value_and_gradient(logits, target, -100, objective, upstream, case.call != "values")
+
+
+class _Driver:
+    """Stands for a GPU of a target: Triton's compiler asks the driver for no more than this."""
+
+    def __init__(self, target: str) -> None:
+        self.target, self.number = TARGETS[target], list(TARGETS).index(target)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.number  # kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class _Compiling:
+    """Stands for a kernel of the backend, and compiles it where it would be launched."""
+
+    def __init__(self, kernel: Any, found: list[Launch]) -> None:
+        self.kernel, self.found = kernel, found
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def launch(*arguments: Any, **options: Any) -> None:
+            compiled = self.kernel.warmup(*arguments, grid=grid, **options)
+            given = dict(zip(self.kernel.arg_names, arguments, strict=False)) | options
+            name = self.kernel.__name__.removesuffix("_kernel")
+            self.found.append(Launch(name, given, compiled.metadata.num_warps, compiled))
+
+        return launch
+
+
+_KERNELS = (
+    "statistics_kernel", "merge_kernel", "fold_kernel", "reduce_kernel", "gradient_kernel", "value_and_gradient_kernel",
+)  # fmt: skip
+
+
+def launches(case: Case) -> list[Launch]:
+    """The kernels that a call launches, in their order."""
+    found: list[Launch] = []
+    replaced: dict[str, Any] = {name: _Compiling(getattr(backend, name), found) for name in _KERNELS}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.multiple(backend, **replaced))
+        if case.target.startswith("gfx"):
+            stack.enter_context(mock.patch.object(torch.version, "hip", "7"))
+        driver.set_active(_Driver(case.target))  # for good: there may be no other to set back
+        _call(case)
+    return found
