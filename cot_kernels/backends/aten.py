@@ -364,7 +364,7 @@ def value_and_gradient(
         # A block holds a few long rows: on them NumPy's operations take a third of the time.
         m, s, t, at_g = (each.numpy(force=True) for each in (shift, total, moment, z_g))
         with np.errstate(all="ignore"):
-            finished = few.finish(objective, m, s, t, at_g, FLOOR)
+            finished = few.finish(objective, m, s, t, at_g, few.empty_rows(m, FLOOR))
             loss, log_odds, negentropy, *coefficients = (torch.from_numpy(each).to(rows.device) for each in finished)
         for place, value in zip(kept, (loss, cross_entropy_of(log_odds), negentropy), strict=True):
             place.copy_(value)

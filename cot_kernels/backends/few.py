@@ -31,10 +31,9 @@ class Finished(NamedTuple):
     at_target: Any  # f_g
 
 
-def finish(objective: Objective, shift: Any, total: Any, moment: Any, target_logit: Any, floor: float) -> Finished:
+def finish(objective: Objective, shift: Any, total: Any, moment: Any, target_logit: Any, empty: Any | None) -> Finished:
     """Losses and coefficients of rows with m, s and t, arrays that are changed."""
-    if _some_empty(shift, floor):  # no class above the floor: empty sums, and b = -inf within rounding
-        empty = shift <= floor
+    if empty is not None:  # empty sums, and b = -inf within rounding
         total[empty], moment[empty] = 1, 0
     log_total = np.log(total)
     moment /= total
@@ -50,15 +49,16 @@ def losses(
     objective: Objective, shift: Tensor, total: Tensor, moment: Tensor, target_logit: Tensor, floor: float
 ) -> tuple[Tensor, Tensor]:
     """Row losses, and A, B and f_g stacked, from tensors on the CPU, of which the sums are changed."""
-    z_g = target_logit.to(shift.dtype).numpy(force=True)
+    z_g, m = target_logit.to(shift.dtype).numpy(force=True), shift.numpy()
     with np.errstate(all="ignore"):
-        rows = finish(objective, shift.numpy(), total.numpy(), moment.numpy(), z_g, floor)
+        rows = finish(objective, m, total.numpy(), moment.numpy(), z_g, empty_rows(m, floor))
         coefficients = np.stack((rows.slope, rows.offset, rows.at_target))
     return torch.from_numpy(rows.loss), torch.from_numpy(coefficients)
 
 
-def _some_empty(shift: Any, floor: float) -> bool:
-    return bool(np.fmin.reduce(shift, None) <= floor)  # NaN passes by
+def empty_rows(shift: Any, floor: float) -> Any | None:
+    """Which rows have no class above the floor; None where each has one."""
+    return shift <= floor if np.fmin.reduce(shift, None) <= floor else None  # NaN passes by
 
 
 def plain_classes(target: Tensor, num_classes: int, ignore_index: int) -> Any | None:
@@ -94,17 +94,18 @@ def value_and_gradient(logits: Tensor, classes: Any, objective: Objective, floor
     with np.errstate(all="ignore"):
         np.copyto(d.reshape(z.shape), z)
         z_g = flat.take(at)
-        np.maximum(d, z.dtype.type(floor), out=d)
+        np.maximum(d, floor, out=d)
         flat.put(at, floor)
         # NumPy's maximum along rows takes three times as long as PyTorch's.
         shift = np.maximum.reduce(d, 0) if together else torch.from_numpy(flat).amax(1).numpy()
         d -= shift
         weights = np.exp(d)
-        if _some_empty(shift, floor):
-            weights *= shift > floor
+        empty = empty_rows(shift, floor)
+        if empty is not None:
+            weights *= ~empty
         total = np.add.reduce(weights, 0)
         moment = np.add.reduce(d * weights, 0)
-        rows = finish(objective, shift, total, moment, z_g, floor)
+        rows = finish(objective, shift, total, moment, z_g, empty)
         d *= rows.slope
         d += rows.offset
         d *= weights
