@@ -15,16 +15,17 @@ from torch import Tensor
 
 from cot_kernels import differentiable
 from cot_kernels.backends import aten
+from cot_kernels.backends.native import backend as native
 from cot_kernels.objectives import Objective
 
 
 def backend_for(logits: Tensor) -> ModuleType:
-    """Triton for tensors on a GPU, and for any tensor under Triton's interpreter; ATen for the rest."""
+    """Triton for tensors on a GPU, and for any tensor under Triton's interpreter; C++ on a CPU; ATen for the rest."""
     if logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
         from cot_kernels.backends.triton import backend  # imports Triton: only where it is needed
 
         return backend
-    return aten
+    return native if native.serves(logits) else aten
 
 
 def batched(upstream: Tensor) -> bool:

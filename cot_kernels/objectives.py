@@ -27,9 +27,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -43,42 +42,9 @@ class RowValues(NamedTuple):
     d_negentropy: Tensor
 
 
-class _Torch:
-    """What the formulas need besides operators, for tensors."""
-
-    finfo, exp, log, sigmoid, where = torch.finfo, torch.exp, torch.log, torch.sigmoid, torch.where
-    zeros_like, constant = torch.zeros_like, torch.full_like
-
-    @staticmethod
-    def at_least(x: Tensor, least: float) -> Tensor:
-        return x.clamp(min=least)
-
-    @staticmethod
-    def softplus(x: Tensor) -> Tensor:
-        # Beyond the threshold softplus(x) is x itself: 40 keeps float64 exact, the default of 20 is off by 1e-10.
-        return softplus(x, threshold=40)
-
-
-class _NumPy:
-    """The same for NumPy's arrays, in which the CPU computes small problems."""
-
-    finfo, exp, log, where, zeros_like, at_least = np.finfo, np.exp, np.log, np.where, np.zeros_like, np.maximum
-
-    @staticmethod
-    def constant(like: Any, value: float) -> float:
-        return value  # a number goes with any array, without a call to fill one
-
-    @staticmethod
-    def sigmoid(x: Any) -> Any:
-        return 1 / (1 + np.exp(-x))
-
-    @staticmethod
-    def softplus(x: Any) -> Any:
-        return np.logaddexp(x, 0)
-
-
-def _functions(rows: Tensor) -> Any:
-    return _Torch if isinstance(rows, Tensor) else _NumPy
+def _softplus(x: Tensor) -> Tensor:
+    # Beyond the threshold softplus(x) is x itself: 40 keeps float64 exact, the default of 20 is off by 1e-10.
+    return softplus(x, threshold=40)
 
 
 @dataclass(frozen=True)
@@ -92,16 +58,16 @@ class ComplementEntropyObjective:
         return ComplementEntropyObjective(self.scale * factor, self.eps)
 
     def rows(self, log_odds: Tensor, negentropy: Tensor) -> RowValues:
-        xp = _functions(log_odds)
         if self.eps == 0:
-            return RowValues(negentropy * self.scale, xp.zeros_like(negentropy), xp.constant(negentropy, self.scale))
+            constant = torch.full_like(negentropy, self.scale)
+            return RowValues(negentropy * self.scale, torch.zeros_like(negentropy), constant)
         # eps / (1 - p) = eps + x, so u = 1 / v. Where x would overflow u is nothing, and its limit is as good.
-        largest = math.log(xp.finfo(log_odds.dtype).max / (4 * max(self.eps, 1.0)))
-        x = xp.exp(-xp.at_least(log_odds, -largest)) * self.eps
+        largest = math.log(torch.finfo(log_odds.dtype).max / (4 * max(self.eps, 1.0)))
+        x = torch.exp(-log_odds.clamp(min=-largest)) * self.eps
         v = x + (1 + self.eps)
         u = 1 / v
         d_negentropy = u * self.scale
-        loss = d_negentropy * (negentropy - xp.log(v))
+        loss = d_negentropy * (negentropy - v.log())
         return RowValues(loss, (loss + d_negentropy) * (x * u), d_negentropy)
 
 
@@ -118,13 +84,12 @@ class GuidedComplementEntropyObjective:
 
     def rows(self, log_odds: Tensor, negentropy: Tensor) -> RowValues:
         plain = ComplementEntropyObjective(1.0, self.eps).rows(log_odds, negentropy)
-        xp = _functions(log_odds)
-        p, miss = xp.sigmoid(-log_odds), xp.sigmoid(log_odds)
+        p, miss = torch.sigmoid(-log_odds), torch.sigmoid(log_odds)
         guided = p + self.eps
         guide = guided**self.alpha * self.scale
         # (p + eps)^alpha has an infinite slope at p + eps = 0, but p (1 - p) / (p + eps) stays within [0, 1]; where p
         # underflows and eps = 0 it is 0 / 0, and its limit there is 1.
-        ratio = xp.where(guided > 0, p * miss / guided, miss)
+        ratio = torch.where(guided > 0, p * miss / guided, miss)
         d_log_odds = guide * (plain.d_log_odds - self.alpha * ratio * plain.loss)
         return RowValues(guide * plain.loss, d_log_odds, guide * plain.d_negentropy)
 
@@ -140,16 +105,15 @@ class CrossEntropyObjective:
         return CrossEntropyObjective(self.scale * factor, self.weight)
 
     def rows(self, log_odds: Tensor, negentropy: Tensor) -> RowValues:
-        xp = _functions(log_odds)
-        loss = xp.softplus(log_odds) * self.scale
+        loss = _softplus(log_odds) * self.scale
         if self.weight:
             loss = loss + negentropy * (self.scale * self.weight)
-        return RowValues(loss, xp.sigmoid(log_odds) * self.scale, xp.constant(negentropy, self.scale * self.weight))
+        return RowValues(loss, torch.sigmoid(log_odds) * self.scale, torch.full_like(negentropy, self.scale * self.weight))
 
 
 def cross_entropy_of(log_odds: Tensor) -> Tensor:
     """``-ln p_g``."""
-    return _Torch.softplus(log_odds)
+    return _softplus(log_odds)
 
 
 Objective: TypeAlias = ComplementEntropyObjective | GuidedComplementEntropyObjective | CrossEntropyObjective

@@ -1,4 +1,4 @@
-"""Two backends, one suite: ATen on the CPU, and Triton on a GPU where there is one, in its interpreter where not."""
+"""Three backends, one suite: C++ and ATen on the CPU, Triton on a GPU where there is one, in its interpreter where not."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ import twin_kernel  # noqa: E402, F401
 
 import cot_kernels.autograd  # noqa: E402
 from cot_kernels.backends import aten  # noqa: E402
+from cot_kernels.backends.native import backend as native  # noqa: E402
 from cot_kernels.backends.triton import backend as triton_backend  # noqa: E402
 
 if not HAS_GPU:
     del os.environ["TRITON_INTERPRET"]
 
 
-@pytest.fixture(params=["aten", "aten-blocks", pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["native", "aten", "aten-blocks", pytest.param("triton", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """A device to put tensors on; the losses run on the backend that the test is parametrised with.
 
-    "aten-blocks" sends small problems through the path that ATen keeps for large ones, in several blocks.
+    "aten-blocks" is ATen with many small blocks, "native" what the package has on a CPU where it could be compiled.
     """
     if request.param == "triton":
         monkeypatch.setattr(cot_kernels.autograd, "backend_for", lambda logits: triton_backend)
         return torch.device("cuda" if HAS_GPU else "cpu")
-    monkeypatch.setattr(cot_kernels.autograd, "backend_for", lambda logits: aten)
+    backend = native if request.param == "native" else aten
+    monkeypatch.setattr(cot_kernels.autograd, "backend_for", lambda logits: backend)
     if request.param == "aten-blocks":
-        monkeypatch.setattr(aten, "FEW_ELEMENTS", 0)
         monkeypatch.setattr(aten, "BLOCK_BYTES", 256)
     return torch.device("cpu")
 

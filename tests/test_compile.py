@@ -21,7 +21,7 @@ Call = Callable[[Tensor, Tensor], Tensor]
 
 # Operators take no short way for small problems, so one of the two ways of ATen is enough.
 on_both_backends = pytest.mark.parametrize(
-    "device", ["aten", pytest.param("triton", marks=pytest.mark.gpu)], indirect=True
+    "device", ["native", "aten", pytest.param("triton", marks=pytest.mark.gpu)], indirect=True
 )
 
 

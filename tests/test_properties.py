@@ -29,7 +29,7 @@ NORMALIZATIONS = ("classes", "complement", "entropy", "none")
 
 UNDERFLOW = 1e-25  # what float32 may lose: its smallest normal number, divided by an eps of 1e-12
 
-on_aten = pytest.mark.parametrize("device", ["aten", "aten-blocks"], indirect=True)
+on_a_cpu = pytest.mark.parametrize("device", ["native", "aten", "aten-blocks"], indirect=True)
 on_triton = pytest.mark.parametrize("device", [pytest.param("triton", marks=pytest.mark.gpu)], indirect=True)
 few = settings(max_examples=max(10, settings.default.max_examples // 32))  # the interpreter takes its time
 
@@ -269,7 +269,7 @@ def check_statistics(problem: Problem, wanted: set[int], device: torch.device, r
 
 @pytest.mark.filterwarnings("ignore:complement_entropy got 2 classes")
 @pytest.mark.parametrize("name", LOSSES)
-@on_aten
+@on_a_cpu
 @given(data=st.data())
 def test_losses(name: str, data: st.DataObject, device: torch.device) -> None:
     check_loss(name, data, device, rounds_products=False)
@@ -284,7 +284,7 @@ def test_losses_in_triton(name: str, data: st.DataObject, device: torch.device) 
     check_loss(name, data, device, rounds_products=True)
 
 
-@on_aten
+@on_a_cpu
 @given(problem=problems(reductions=("none",)), wanted=st.sets(st.integers(0, 2), min_size=1))
 def test_statistics(problem: Problem, wanted: set[int], device: torch.device) -> None:
     check_statistics(problem, wanted, device, rounds_products=False)

@@ -25,7 +25,7 @@ def problem(rows: int, classes: int, device: torch.device, dtype: torch.dtype = 
 
 
 def interpreted(device: torch.device) -> bool:
-    return device.type == "cpu" and autograd.backend_for(torch.empty(0)) is not aten
+    return device.type == "cpu" and "triton" in autograd.backend_for(torch.empty(1, 1)).__name__
 
 
 def gradient(loss: Tensor, leaf: Tensor) -> Tensor:

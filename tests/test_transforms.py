@@ -15,7 +15,7 @@ Loss = Callable[[Tensor], Tensor]
 
 # Here the ways of ATen differ in nothing but the forward pass, which other tests compare.
 on_both_backends = pytest.mark.parametrize(
-    "device", ["aten", pytest.param("triton", marks=pytest.mark.gpu)], indirect=True
+    "device", ["native", "aten", pytest.param("triton", marks=pytest.mark.gpu)], indirect=True
 )
 
 

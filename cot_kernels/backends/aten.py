@@ -1,4 +1,4 @@
-"""The loss family in ATen operations: the CPU, and any device without Triton.
+"""The loss family in ATen operations: any device for which there is nothing better.
 
 Rows are processed in blocks whose two scratch buffers stay in cache, so each logit is read from memory once in the
 forward and once in the backward pass. Besides the logits and their gradient only O(N) is held: per row the shift
@@ -11,8 +11,7 @@ With ``d_j = z_j - m`` over the classes ``j != g``:
 
 which is ``q_j (f_L + f_S ((z_j - L) - S))`` with what depends on the row alone taken out of the loop.
 
-Problems of at most FEW_ELEMENTS logits take a shorter way, :mod:`.few`, which forms value and gradient together in the
-forward pass and keeps the gradient (256 KiB at most).
+On a CPU :mod:`.native.backend` takes its place where the package was built with a compiler.
 """
 
 from __future__ import annotations
@@ -21,11 +20,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from cot_kernels.backends import accumulation_dtype, few
+from cot_kernels.backends import accumulation_dtype
 from cot_kernels.objectives import Objective, cross_entropy_of
 
 # A logit at or below the floor has probability zero, as has a masked one at -inf, for which 0 * -inf would be NaN.
@@ -40,11 +38,7 @@ LOG2_E = 1.4426950408889634
 # Bytes of one scratch buffer; two are alive. 512 KiB to 2 MiB measured alike on a processor with 1.25 MiB of L2 a core.
 BLOCK_BYTES = 1 << 20
 
-# ATen's grain size: up to here an elementwise operation runs on one thread in a few microseconds.
-FEW_ELEMENTS = 1 << 15
-
-# What a forward pass hands its backward pass: the gradient itself and the ignored rows; or index, ignored rows, m, and
-# A, B and f_g stacked.
+# What a forward pass hands its backward pass: index, ignored rows, m, and A, B and f_g stacked.
 Saved: TypeAlias = tuple[Tensor | None, ...]
 
 
@@ -199,11 +193,7 @@ def _gradient(logits: Tensor, index: Tensor, ignored: Tensor | None, shift: Tens
 
 def _many(logits: Tensor, index: Tensor, target_logit: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses, and what the gradient of their sum needs: the shift, and the coefficients."""
-    shift, total, moment = _sums(logits, index)
-    if 0 < index.numel() <= FEW_ELEMENTS and logits.is_cpu:
-        row_loss, coefficients = few.losses(objective, shift, total, moment, target_logit, FLOOR)
-        return row_loss, shift, coefficients
-    rows = _finish(shift, total, moment, target_logit)
+    rows = _statistics(logits, index, target_logit)
     row_loss, d_log_odds, d_negentropy = objective.rows(rows.log_odds, rows.negentropy)
     return row_loss, rows.shift, _coefficients(rows.total, rows.mean, d_log_odds.neg(), d_log_odds, d_negentropy)
 
@@ -227,8 +217,6 @@ def loss(
         logits: (N, K) or (N, K, D), any strides.
         target: (N) or (N, D), integers.
     """
-    if 0 < logits.numel() <= FEW_ELEMENTS and logits.is_cpu:
-        return _loss_of_few(logits, target, ignore_index, objective, reduction)
     index, ignored, target_logit = _read_targets(logits, target, ignore_index)
     count = index.numel() if ignored is None else index.numel() - int(ignored.sum())
     if reduction == "mean" and count:
@@ -237,27 +225,8 @@ def loss(
     return _reduce(row_loss, ignored, count, reduction), (index, ignored, shift, coefficients)
 
 
-def _loss_of_few(
-    logits: Tensor, target: Tensor, ignore_index: int, objective: Objective, reduction: str
-) -> tuple[Tensor, Saved]:
-    classes, ignored = few.plain_classes(target, logits.shape[1], ignore_index), None
-    if classes is None:
-        index, ignored, _ = _read_targets(logits, target, ignore_index)
-        classes = index.numpy()
-    count = classes.size if ignored is None else classes.size - int(ignored.sum())
-    if reduction == "mean" and count:
-        objective = objective.scaled(1 / count)
-    row_loss, grad = few.value_and_gradient(logits, classes, objective, FLOOR)
-    loss = few.reduced(row_loss, ignored, reduction, (target.shape[0], 1, *target.shape[1:]))
-    return (loss if count or reduction != "mean" else loss.fill_(torch.nan)), (grad, ignored)
-
-
 def gradient(logits: Tensor, saved: Saved, upstream: Tensor) -> Tensor:
     """``upstream * dl/dz`` in the dtype and layout of the logits; ``upstream`` is shaped like the loss."""
-    if len(saved) == 2:
-        grad, ignored = _present(saved[0]) * upstream, saved[1]
-        # After the product: whatever reaches an ignored row, its gradient is 0.
-        return (grad if ignored is None else grad.masked_fill_(ignored, 0)).to(logits.dtype)
     index, ignored, shift, coefficients = saved
     return _gradient(logits, _present(index), ignored, _present(shift), _present(coefficients) * upstream)
 
@@ -286,7 +255,7 @@ def statistics_gradient(
 
 
 # The same by rows, for the registered operators: what is handed on is one tensor, whose shape follows from that of the
-# target alone. So there is no short way here, and targets are read again.
+# target alone. So targets are read again.
 
 LOSS_STATE = 4  # m, A, B, f_g
 STATISTICS_STATE = 3  # m, s, t / s
@@ -361,15 +330,13 @@ def value_and_gradient(
         d = converted[0].copy_(rows) if converted else rows
         shift = _exponentials(d, g, below, d, weights)
         total, moment = weights.sum(1, True), d.mul_(weights).sum(1, True)
-        # A block holds a few long rows: on them NumPy's operations take a third of the time.
-        m, s, t, at_g = (each.numpy(force=True) for each in (shift, total, moment, z_g))
-        with np.errstate(all="ignore"):
-            finished = few.finish(objective, m, s, t, at_g, few.empty_rows(m, FLOOR))
-            loss, log_odds, negentropy, *coefficients = (torch.from_numpy(each).to(rows.device) for each in finished)
-        for place, value in zip(kept, (loss, cross_entropy_of(log_odds), negentropy), strict=True):
+        found = _finish(shift, total, moment, z_g)
+        loss, d_log_odds, d_negentropy = objective.rows(found.log_odds, found.negentropy)
+        for place, value in zip(kept, (loss, cross_entropy_of(found.log_odds), found.negentropy), strict=True):
             place.copy_(value)
         if wanted:
-            slope, offset, at_target = coefficients if upstream is None else (each * factor for each in coefficients)
+            partials = (each * factor for each in (-d_log_odds, d_log_odds, d_negentropy))
+            slope, offset, at_target = _coefficients(found.total, found.mean, *partials).unbind()
             d.mul_(slope).add_(weights.mul_(offset)).scatter_(1, g, at_target)
             if converted:
                 rows.copy_(d)

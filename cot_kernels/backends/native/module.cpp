@@ -1,0 +1,238 @@
+// The Python module: addresses, shapes and strides in, rows of numbers out. backend.py is its only caller, and checks
+// what it passes; see _rows.pyi for the arguments.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <vector>
+
+#include "levels.h"
+#include "threads.h"
+
+namespace {
+
+// Logits of at least so many numbers are worth a second thread.
+constexpr int64_t SHARED_NUMBERS = 1 << 15;
+
+const cot::Level& LEVEL = cot::level_of_processor();
+
+// Arguments in turn. What does not fit leaves an exception and gives 0.
+struct Arguments {
+  PyObject* const* next;
+  PyObject* const* end;
+
+  PyObject* take() {
+    if (next != end) return *next++;
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "too few arguments");
+    return nullptr;
+  }
+  int64_t integer() {
+    PyObject* value = take();
+    return value && !PyErr_Occurred() ? PyLong_AsLongLong(value) : 0;
+  }
+  double real() {
+    PyObject* value = take();
+    return value && !PyErr_Occurred() ? PyFloat_AsDouble(value) : 0;
+  }
+  void* address() {
+    PyObject* value = take();
+    return value && !PyErr_Occurred() ? PyLong_AsVoidPtr(value) : nullptr;
+  }
+  bool complete() {
+    if (next != end && !PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "too many arguments");
+    return !PyErr_Occurred();
+  }
+};
+
+struct Call {
+  int dtype, threads;
+  cot::Rows rows;
+  bool over_columns;  // (N, K) logits whose classes do not adjoin are taken as the columns of one n
+};
+
+cot::Strides strides(Arguments& arguments) {
+  const int64_t row = arguments.integer(), class_ = arguments.integer(), column = arguments.integer();
+  return {row, class_, column};
+}
+
+void turn(cot::Strides& at) { at.column = at.row, at.row = 0; }
+
+// dtype, threads, N, K, D, logits and their strides, target and its strides, ignore_index.
+Call call_of(Arguments& arguments) {
+  Call call;
+  cot::Rows& rows = call.rows;
+  call.dtype = int(arguments.integer()) & 3;
+  call.threads = int(arguments.integer());
+  rows.rows = arguments.integer(), rows.classes = arguments.integer(), rows.columns = arguments.integer();
+  rows.logits = arguments.address();
+  rows.at = strides(arguments);
+  rows.target = static_cast<const int64_t*>(arguments.address());
+  rows.target_row = arguments.integer(), rows.target_column = arguments.integer();
+  rows.ignore_index = arguments.integer();
+  call.over_columns = rows.columns == 1 && rows.at.class_ != 1;
+  if (call.over_columns) {
+    turn(rows.at);
+    rows.target_column = rows.target_row, rows.target_row = 0;
+    rows.columns = rows.rows, rows.rows = 1;
+  }
+  const int64_t width = LEVEL.vector_bytes / (call.dtype == cot::FLOAT64 ? 8 : 4);
+  rows.along = rows.at.class_ == 1 || rows.at.column != 1;
+  if (rows.along) {
+    // Few rows are shared out in small blocks.
+    const int64_t share = rows.count() / (4 * (call.threads > 0 ? call.threads : 1));
+    rows.block = share < 1 ? 1 : share < width ? share : width;
+    rows.per_line = 0;
+    rows.blocks = (rows.count() + rows.block - 1) / rows.block;
+  } else {
+    rows.block = width;
+    rows.per_line = (rows.columns + width - 1) / width;
+    rows.blocks = rows.rows * rows.per_line;
+  }
+  return call;
+}
+
+cot::Objective objective_of(Arguments& arguments) {
+  cot::Objective objective;
+  objective.kind = static_cast<cot::Kind>(arguments.integer());
+  objective.scale = arguments.real(), objective.eps = arguments.real(), objective.power = arguments.real();
+  return objective;
+}
+
+void work(cot::Job kind, const Call& call, const void* job) {
+  const cot::Rows& rows = call.rows;
+  if (!rows.blocks) return;
+  const int64_t numbers = rows.count() * rows.classes, of_block = numbers / rows.blocks;
+  const int64_t grain = 1 + SHARED_NUMBERS / 4 / (of_block > 0 ? of_block : 1);
+  cot::share(LEVEL.work[kind][call.dtype], job, rows.blocks, grain, numbers < SHARED_NUMBERS ? 1 : call.threads);
+}
+
+struct Targets {
+  int64_t counted = 0;
+  bool wrong = false;
+  int64_t value = 0;  // one that is neither a class nor ignored
+};
+
+Targets look(const cot::Rows& rows) {
+  Targets found;
+  const uint64_t classes = uint64_t(rows.classes);
+  for (int64_t n = 0; n < rows.rows; ++n) {
+    const int64_t* target = rows.target + n * rows.target_row;
+    const int64_t step = rows.target_column;
+    int64_t ignored = 0, wrong = 0;
+    for (int64_t d = 0; d < rows.columns; ++d) {
+      const bool out = target[d * step] == rows.ignore_index;
+      ignored += out;
+      wrong += !out & (uint64_t(target[d * step]) >= classes);
+    }
+    found.counted += rows.columns - ignored;
+    for (int64_t d = 0; wrong && !found.wrong && d < rows.columns; ++d) {
+      found.value = target[d * step];
+      found.wrong = found.value != rows.ignore_index && uint64_t(found.value) >= classes;
+    }
+  }
+  return found;
+}
+
+PyObject* refuse(const Call& call, int64_t target) {
+  return PyErr_Format(PyExc_IndexError,
+                      "target %lld is out of bounds for %lld classes: expected 0 <= target < %lld, or ignore_index=%lld",
+                      static_cast<long long>(target), static_cast<long long>(call.rows.classes),
+                      static_cast<long long>(call.rows.classes), static_cast<long long>(call.rows.ignore_index));
+}
+
+template <class T> void put_total(void* to, double value) { *static_cast<T*>(to) = T(value); }
+
+PyObject* loss(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  Arguments arguments{given, given + count};
+  const Call call = call_of(arguments);
+  cot::LossJob job{call.rows, objective_of(arguments), nullptr, nullptr, nullptr};
+  const bool mean = arguments.integer();
+  job.state = arguments.address(), job.losses = arguments.address();
+  void* total = arguments.address();
+  if (!arguments.complete()) return nullptr;
+  Targets targets;
+  Py_BEGIN_ALLOW_THREADS;
+  targets = look(call.rows);
+  if (!targets.wrong) {
+    if (mean && targets.counted) job.objective.scale /= double(targets.counted);
+    std::vector<double> sums(total ? size_t(call.rows.blocks) : 0);
+    job.sums = total ? sums.data() : nullptr;
+    work(cot::LOSS, call, &job);
+    if (total) {
+      double value = mean && !targets.counted ? std::numeric_limits<double>::quiet_NaN() : 0;
+      for (double sum : sums) value += sum;
+      call.dtype == cot::FLOAT64 ? put_total<double>(total, value) : put_total<float>(total, value);
+    }
+  }
+  Py_END_ALLOW_THREADS;
+  if (targets.wrong) return refuse(call, targets.value);
+  Py_RETURN_NONE;
+}
+
+PyObject* statistics(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  Arguments arguments{given, given + count};
+  const Call call = call_of(arguments);
+  cot::StatisticsJob job{call.rows, nullptr, nullptr};
+  job.values = arguments.address(), job.state = arguments.address();
+  if (!arguments.complete()) return nullptr;
+  Targets targets;
+  Py_BEGIN_ALLOW_THREADS;
+  targets = look(call.rows);
+  if (!targets.wrong) work(cot::STATISTICS, call, &job);
+  Py_END_ALLOW_THREADS;
+  if (targets.wrong) return refuse(call, targets.value);
+  Py_RETURN_NONE;
+}
+
+PyObject* gradient(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  Arguments arguments{given, given + count};
+  const Call call = call_of(arguments);
+  cot::GradientJob job{call.rows, nullptr, nullptr, 0, 0, nullptr, {0, 0, 0}};
+  job.state = arguments.address(), job.upstream = arguments.address();
+  job.upstream_row = arguments.integer(), job.upstream_column = arguments.integer();
+  job.grad = arguments.address();
+  job.at = strides(arguments);
+  if (!arguments.complete()) return nullptr;
+  if (call.over_columns) {
+    turn(job.at);
+    job.upstream_column = job.upstream_row, job.upstream_row = 0;
+  }
+  Py_BEGIN_ALLOW_THREADS;
+  work(cot::GRADIENT, call, &job);
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+PyObject* value_and_gradient(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  Arguments arguments{given, given + count};
+  const Call call = call_of(arguments);
+  cot::InPlaceJob job{call.rows, objective_of(arguments), nullptr, 0, false, nullptr};
+  job.upstream = arguments.address(), job.upstream_row = arguments.integer();
+  job.gradient = arguments.integer();
+  job.values = arguments.address();
+  if (!arguments.complete()) return nullptr;
+  Targets targets;
+  Py_BEGIN_ALLOW_THREADS;
+  targets = look(call.rows);
+  if (!targets.wrong) work(cot::IN_PLACE, call, &job);
+  Py_END_ALLOW_THREADS;
+  if (targets.wrong) return refuse(call, targets.value);
+  Py_RETURN_NONE;
+}
+
+PyMethodDef METHODS[] = {
+    {"loss", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(loss)), METH_FASTCALL, nullptr},
+    {"statistics", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(statistics)), METH_FASTCALL, nullptr},
+    {"gradient", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(gradient)), METH_FASTCALL, nullptr},
+    {"value_and_gradient", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(value_and_gradient)), METH_FASTCALL,
+     nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef_Slot SLOTS[] = {{0, nullptr}};
+PyModuleDef MODULE = {
+    PyModuleDef_HEAD_INIT, "_rows", nullptr, 0, METHODS, SLOTS, nullptr, nullptr, nullptr,
+};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__rows() { return PyModuleDef_Init(&MODULE); }
