@@ -72,11 +72,11 @@ readme: $(VENV)/.installed  ## The tables of README and docs from the committed 
 	$(BIN)/python -m study.page
 
 # torch by itself first: its version decides which Triton and which build the rest must fit.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard cot_kernels/backends/native/*.cpp cot_kernels/backends/native/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt --editable ".[dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-results build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) cot_kernels/backends/native/*.so demo-results build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -108,7 +108,9 @@ class CrossEntropyObjective:
         loss = _softplus(log_odds) * self.scale
         if self.weight:
             loss = loss + negentropy * (self.scale * self.weight)
-        return RowValues(loss, torch.sigmoid(log_odds) * self.scale, torch.full_like(negentropy, self.scale * self.weight))
+        return RowValues(
+            loss, torch.sigmoid(log_odds) * self.scale, torch.full_like(negentropy, self.scale * self.weight)
+        )
 
 
 def cross_entropy_of(log_odds: Tensor) -> Tensor:

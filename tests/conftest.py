@@ -1,4 +1,4 @@
-"""Three backends, one suite: C++ and ATen on the CPU, Triton on a GPU where there is one, in its interpreter where not."""
+"""Three backends, one suite: C++ and ATen on the CPU, Triton on a GPU or in its interpreter."""
 
 from __future__ import annotations
 

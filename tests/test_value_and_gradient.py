@@ -27,7 +27,9 @@ def sharing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 on_triton = [pytest.param("triton", sharing, marks=pytest.mark.gpu) for sharing in ("whole", "split")]
 on_all_ways = pytest.mark.parametrize(
-    ("device", "sharing"), [*((backend, "whole") for backend in ("native", "aten", "aten-blocks")), *on_triton], indirect=True
+    ("device", "sharing"),
+    [*((backend, "whole") for backend in ("native", "aten", "aten-blocks")), *on_triton],
+    indirect=True,
 )
 
 

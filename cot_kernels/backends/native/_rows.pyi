@@ -29,3 +29,9 @@ def value_and_gradient(*logits_objective_upstream_wanted_values: float) -> None:
     Raises:
         IndexError: a target is out of range.
     """
+
+def levels() -> tuple[str, ...]:
+    """The kinds of processor this one can pass for, the best one last: that is taken when the module is loaded."""
+
+def use(level: int) -> None:
+    """Take another level, by its place in :func:`levels`, to test or to measure it."""

@@ -107,7 +107,7 @@ def loss(
 
 
 def gradient(logits: Tensor, saved: Saved, upstream: Tensor) -> Tensor:
-    """``upstream * dl/dz`` in the dtype and layout of the logits; ``upstream`` is a number or shaped like the target."""
+    """``upstream * dl/dz`` in the dtype and layout of the logits; ``upstream`` is one number, or one a row."""
     logits, (target, state) = logits.resolve_neg(), saved
     grad = torch.empty_like(logits)
     upstream = upstream.resolve_neg()

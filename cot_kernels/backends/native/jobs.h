@@ -73,6 +73,7 @@ typedef void (*Work)(const void* job, int64_t begin, int64_t end);
 
 // The arithmetic for one kind of processor.
 struct Level {
+  const char* name;
   int vector_bytes;
   Work work[4][4];  // by job and dtype
 };

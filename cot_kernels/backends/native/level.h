@@ -116,8 +116,13 @@ template <class Kind, class S> void work_on(const void* job, int64_t begin, int6
   for (; begin < end; ++begin) run<S>(*static_cast<const Kind*>(job), begin);
 }
 
+#define COT_QUOTED(NAME) #NAME
+#define COT_NAME_OF(LEVEL) COT_QUOTED(LEVEL)
 #define COT_WORK(KIND) {work_on<KIND, float>, work_on<KIND, double>, work_on<KIND, Half>, work_on<KIND, BFloat16>}
 extern const Level LEVEL;
-const Level LEVEL = {VECTOR_BYTES, {COT_WORK(LossJob), COT_WORK(StatisticsJob), COT_WORK(GradientJob), COT_WORK(InPlaceJob)}};
+const Level LEVEL = {
+    COT_NAME_OF(COT_LEVEL), VECTOR_BYTES,
+    {COT_WORK(LossJob), COT_WORK(StatisticsJob), COT_WORK(GradientJob), COT_WORK(InPlaceJob)},
+};
 
 }  // namespace cot::COT_LEVEL

@@ -1,8 +1,9 @@
-// Which levels there are, and which one this processor takes.
+// Which levels there are.
 #pragma once
 
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "jobs.h"
 
@@ -21,13 +22,15 @@ namespace avx2 { extern const Level LEVEL; }
 namespace avx512 { extern const Level LEVEL; }
 #endif
 
-inline const Level& level_of_processor() {
+// Those that this processor runs, the best one last.
+inline std::vector<const Level*> levels_of_processor() {
+  std::vector<const Level*> levels{&baseline::LEVEL};
 #if COT_X86_LEVELS
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return avx512::LEVEL;
-  if (__builtin_cpu_supports("x86-64-v3")) return avx2::LEVEL;
+  if (__builtin_cpu_supports("x86-64-v3")) levels.push_back(&avx2::LEVEL);
+  if (__builtin_cpu_supports("x86-64-v4")) levels.push_back(&avx512::LEVEL);
 #endif
-  return baseline::LEVEL;
+  return levels;
 }
 
 }  // namespace cot

@@ -13,7 +13,8 @@ namespace {
 // Logits of at least so many numbers are worth a second thread.
 constexpr int64_t SHARED_NUMBERS = 1 << 15;
 
-const cot::Level& LEVEL = cot::level_of_processor();
+const std::vector<const cot::Level*> LEVELS = cot::levels_of_processor();
+const cot::Level* level = LEVELS.back();
 
 // Arguments in turn. What does not fit leaves an exception and gives 0.
 struct Arguments {
@@ -46,7 +47,7 @@ struct Arguments {
 struct Call {
   int dtype, threads;
   cot::Rows rows;
-  bool over_columns;  // (N, K) logits whose classes do not adjoin are taken as the columns of one n
+  bool over_columns;  // rows of (N, K) logits that vectors cannot lie along are taken as the columns of one n
 };
 
 cot::Strides strides(Arguments& arguments) {
@@ -68,14 +69,15 @@ Call call_of(Arguments& arguments) {
   rows.target = static_cast<const int64_t*>(arguments.address());
   rows.target_row = arguments.integer(), rows.target_column = arguments.integer();
   rows.ignore_index = arguments.integer();
-  call.over_columns = rows.columns == 1 && rows.at.class_ != 1;
+  const int64_t width = level->vector_bytes / (call.dtype == cot::FLOAT64 ? 8 : 4);
+  const bool fill = rows.classes >= width;  // the classes of a row fill a vector
+  call.over_columns = rows.columns == 1 && !(fill && rows.at.class_ == 1);
   if (call.over_columns) {
     turn(rows.at);
     rows.target_column = rows.target_row, rows.target_row = 0;
     rows.columns = rows.rows, rows.rows = 1;
   }
-  const int64_t width = LEVEL.vector_bytes / (call.dtype == cot::FLOAT64 ? 8 : 4);
-  rows.along = rows.at.class_ == 1 || rows.at.column != 1;
+  rows.along = fill && (rows.at.class_ == 1 || rows.at.column != 1);
   if (rows.along) {
     // Few rows are shared out in small blocks.
     const int64_t share = rows.count() / (4 * (call.threads > 0 ? call.threads : 1));
@@ -102,7 +104,7 @@ void work(cot::Job kind, const Call& call, const void* job) {
   if (!rows.blocks) return;
   const int64_t numbers = rows.count() * rows.classes, of_block = numbers / rows.blocks;
   const int64_t grain = 1 + SHARED_NUMBERS / 4 / (of_block > 0 ? of_block : 1);
-  cot::share(LEVEL.work[kind][call.dtype], job, rows.blocks, grain, numbers < SHARED_NUMBERS ? 1 : call.threads);
+  cot::share(level->work[kind][call.dtype], job, rows.blocks, grain, numbers < SHARED_NUMBERS ? 1 : call.threads);
 }
 
 struct Targets {
@@ -219,12 +221,29 @@ PyObject* value_and_gradient(PyObject*, PyObject* const* given, Py_ssize_t count
   Py_RETURN_NONE;
 }
 
+PyObject* levels(PyObject*, PyObject*) {
+  PyObject* names = PyTuple_New(Py_ssize_t(LEVELS.size()));
+  for (size_t i = 0; names && i < LEVELS.size(); ++i)
+    PyTuple_SetItem(names, Py_ssize_t(i), PyUnicode_FromString(LEVELS[i]->name));
+  return names;
+}
+
+PyObject* use(PyObject*, PyObject* number) {
+  const size_t index = PyLong_AsSize_t(number);
+  if (PyErr_Occurred()) return nullptr;
+  if (index >= LEVELS.size()) return PyErr_Format(PyExc_ValueError, "this processor has %zu levels", LEVELS.size());
+  level = LEVELS[index];
+  Py_RETURN_NONE;
+}
+
 PyMethodDef METHODS[] = {
     {"loss", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(loss)), METH_FASTCALL, nullptr},
     {"statistics", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(statistics)), METH_FASTCALL, nullptr},
     {"gradient", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(gradient)), METH_FASTCALL, nullptr},
     {"value_and_gradient", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(value_and_gradient)), METH_FASTCALL,
      nullptr},
+    {"levels", levels, METH_NOARGS, nullptr},
+    {"use", use, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -1,7 +1,7 @@
 // Statistics and gradients of rows of logits, a block of at most a vector of rows at a time.
 //
-// Where the classes of a row adjoin, a vector holds classes, and a row is read by itself; where those of a column do
-// (class-major logits), a vector holds rows. With d_j = z_j - m over the classes j != g:
+// Where the classes of a row fill vectors, a vector holds classes, and a row is read by itself; where they are few, or
+// where rows adjoin (class-major logits), a vector holds rows. With d_j = z_j - m over the classes j != g:
 //
 //   m = max z_j    s = sum exp(d_j)    t = sum exp(d_j) d_j    S = t/s - ln s    b = (m - z_g) + ln s
 //   dl/dz_j = exp(d_j) (A d_j + B),    A = f_S / s,    B = (f_L - f_S t/s) / s,    dl/dz_g = f_g
@@ -84,12 +84,6 @@ template <class T> struct Finished {
 COT_INLINE float number(float stored) { return stored; }
 COT_INLINE double number(double stored) { return stored; }
 template <class S> COT_INLINE float number(S stored) { return gather<S>(&stored, 1, 1, stored)[0]; }
-template <class S> COT_INLINE S stored(ComputedIn<S> value) {
-  S to;
-  scatter<S>(&to, 1, 1, splat<ComputedIn<S>>(value));
-  return to;
-}
-
 // exp(d), and nothing at the target; d is kept within what exp takes.
 template <class T> COT_INLINE Vector<T> weights(Vector<T>& d, Mask<T> left_out) {
   Mask<T> negligible = d < NEGLIGIBLE<T>;
@@ -118,12 +112,12 @@ template <class S, bool ADJOIN> struct Row {
 
   S* classes;
   int64_t stride, count;
-  int64_t whole;  // classes in whole vectors; the last W classes, or all of fewer, are a vector of their own
+  int64_t whole;  // classes in whole vectors; where some are left the last W classes are a vector of their own
   int64_t last;
   Integer target;
 
   COT_INLINE Row of(S* classes, int64_t stride, int64_t count, int64_t target) {
-    return {classes, stride, count, count / W * W, count < W ? 0 : count - W, Integer(target)};
+    return {classes, stride, count, count / W * W, count - W, Integer(target)};
   }
   COT_MEMBER bool has_last() const { return whole < count; }
   // Of the last vector: what the whole ones have had already.
@@ -133,24 +127,16 @@ template <class S, bool ADJOIN> struct Row {
   COT_MEMBER Vector<T> read(int64_t place) const {
     return ADJOIN ? load(classes + place) : gather<S>(classes + place * stride, stride, W, S{});
   }
-  COT_MEMBER Vector<T> read_last() const {
-    if (count >= W) return read(last);
-    return gather<S>(classes, stride, int(count), stored<S>(-std::numeric_limits<T>::infinity()));
-  }
   COT_MEMBER void write(int64_t place, Vector<T> value) const {
     if (ADJOIN) store(classes + place, value);
     else scatter<S>(classes + place * stride, stride, W, value);
-  }
-  COT_MEMBER void write_last(Vector<T> value) const {
-    if (count >= W) write(last, value);
-    else scatter<S>(classes, stride, int(count), value);
   }
 };
 
 template <class S, bool ADJOIN, class T = ComputedIn<S>>
 COT_INLINE void sums_along(const Row<S, ADJOIN> row, T& shift, T& total, T& moment) {
   constexpr int W = WIDTH<T>;
-  const Vector<T> last = row.has_last() ? row.read_last() : Vector<T>{};
+  const Vector<T> last = row.has_last() ? row.read(row.last) : Vector<T>{};
   const Mask<T> last_left_out = row.had() | row.target_at(row.last);
   Vector<T> most = splat<T>(FLOOR);
   for (int64_t place = 0; place < row.whole; place += W)
@@ -187,15 +173,15 @@ COT_INLINE void gradient_along(const Row<S, ADJOIN> row, const Row<S, ADJOIN> gr
                                T at_target) {
   const Vector<T> m = splat<T>(shift), a = splat<T>(slope), b = splat<T>(offset), f = splat<T>(at_target);
   // Read before the whole vectors are written, which it overlaps; what both write is the same.
-  const Vector<T> last = row.has_last() ? row.read_last() : Vector<T>{};
+  const Vector<T> last = row.has_last() ? row.read(row.last) : Vector<T>{};
   for (int64_t place = 0; place < row.whole; place += WIDTH<T>)
     grad.write(place, gradient_at<T>(row.read(place), row.target_at(place), m, a, b, f));
-  if (row.has_last()) grad.write_last(gradient_at<T>(last, row.target_at(row.last), m, a, b, f));
+  if (row.has_last()) grad.write(grad.last, gradient_at<T>(last, row.target_at(row.last), m, a, b, f));
 }
 
 template <class S, bool ADJOIN, class T = ComputedIn<S>> COT_INLINE void clear_along(const Row<S, ADJOIN> grad) {
   for (int64_t place = 0; place < grad.whole; place += WIDTH<T>) grad.write(place, Vector<T>{});
-  if (grad.has_last()) grad.write_last(Vector<T>{});
+  if (grad.has_last()) grad.write(grad.last, Vector<T>{});
 }
 
 // ---- a vector of rows ----
