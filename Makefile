@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # One thread a test worker: with more, the workers' thread pools wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+GPU_RESULTS := $(foreach part,small widths tokens,benchmarks/results/gpu_$(part).json)
+
 .PHONY: demo test study study-quick fuzz test-gpu lint format compile-report bench-cpu bench-gpu bench-growth bench-startup \
   bench-dispatch bench-linear bench-training numerics readme clean
 
@@ -44,10 +46,11 @@ bench-cpu: $(VENV)/.installed  ## The benchmark suite on this CPU, and its pictu
 
 bench-gpu:  ## The benchmark suite on this GPU, in parts of less than ten minutes, with whatever Python is active
 	$(PYTHON) -m benchmarks --device cuda --part small --output benchmarks/results/gpu_small.json
+	$(PYTHON) -m benchmarks --device cuda --part widths --output benchmarks/results/gpu_widths.json
 	$(PYTHON) -m benchmarks --device cuda --part tokens --output benchmarks/results/gpu_tokens.json
 	$(PYTHON) -m benchmarks.linear --device cuda --output benchmarks/results/gpu_linear.json
-	$(PYTHON) -m benchmarks.plots benchmarks/results/gpu_small.json benchmarks/results/gpu_tokens.json \
-	  --output docs/performance --prefix gpu_
+	$(PYTHON) -m benchmarks.goals $(GPU_RESULTS)
+	$(PYTHON) -m benchmarks.plots $(GPU_RESULTS) --output docs/performance --prefix gpu_
 
 bench-growth: $(VENV)/.installed  ## How time and memory grow with rows and classes, on this CPU
 	$(BIN)/python -m benchmarks.growth --output benchmarks/results/growth.json --figure docs/performance/growth.png

@@ -50,6 +50,8 @@ PARTS: dict[str, tuple[Case, ...]] = {
         Case(8, 21, (512, 512)),
         Case(64, 128256),
     ),
+    # As many logits as the large vocabularies have, in shorter rows.
+    "widths": (Case(268800, 1000), Case(65536, 4096), Case(16384, 16384)),
     "tokens": tuple(Case(8192, classes) for classes in VOCABULARIES),
     "cpu": (
         Case(128, 10),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import multiprocessing
 import resource
 import time
@@ -43,6 +44,8 @@ GPU_SHAPES: tuple[Shape, ...] = (
 )
 PRODUCTS = "three products"
 ROUNDS = 5
+GPU_MINUTES = 9.0
+LATE = "out of time"
 CHECKED_ROWS = 64
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
@@ -166,14 +169,21 @@ def gpu_peak(step: Step, tensors: tuple[Tensor, Tensor, Tensor]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def measure(shape: Shape, device: torch.device, threads: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """A row for each provider: its time and memory, or why it has none."""
+def measure(
+    shape: Shape, device: torch.device, threads: int, rounds: int, seconds: float, deadline: float = math.inf
+) -> list[dict[str, Any]]:
+    """A row for each provider: its time and memory, or why it has none. After the deadline nothing is started."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     about = dict(zip(("rows", "features", "classes"), shape, strict=True)) | {"dtype": str(dtype).split(".")[1]}
     tensors = problem(shape, dtype, device)
     rows: dict[str, dict[str, Any]] = {PRODUCTS: {"status": "ok"}}
     steps: dict[str, Step] = {PRODUCTS: _products}
+    if time.monotonic() > deadline:
+        return [{"provider": name, **about, "status": "skipped", "message": LATE} for name in (*rows, *PROVIDERS)]
     for name in PROVIDERS:
+        if time.monotonic() > deadline:
+            rows[name] = {"status": "skipped", "message": LATE}
+            continue
         try:
             found = error(name, *tensors)
             wrong = not found <= TOLERANCES[dtype]
@@ -195,7 +205,9 @@ def measure(shape: Shape, device: torch.device, threads: int, rounds: int, secon
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 rows[name]["peak_bytes"] = pool.apply(cpu_peak, (name, shape, threads))
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
+    for turn in range(rounds):
+        if turn and time.monotonic() > deadline:
+            break  # with fewer samples
         for name, step in steps.items():
             times[name] += timed(step, tensors, device, seconds)
     floor = timing.quantile(times[PRODUCTS], 0.5)
@@ -223,15 +235,18 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=at_least_one, default=ROUNDS)
     parser.add_argument("--seconds", type=duration, default=0.2, help="of a provider in a round, on a GPU")
+    parser.add_argument("--minutes", type=duration, help=f"start nothing after this long; on a GPU {GPU_MINUTES:g}")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device: torch.device = options.device
+    minutes = options.minutes if options.minutes is not None else GPU_MINUTES if device.type == "cuda" else math.inf
+    deadline = time.monotonic() + 60 * minutes
     shapes = [tuple(case) for case in options.case or ()] or (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES)
     results: list[dict[str, Any]] = []
     with progress(len(shapes)) as advance:
         for shape in shapes:
             advance("{} x {} -> {}".format(*shape))
-            results += measure(shape, device, options.threads, options.rounds, options.seconds)
+            results += measure(shape, device, options.threads, options.rounds, options.seconds, deadline)
     for row in results:
         said = row.get("message", "")
         numbers = f"{row['times']:.2f} of three products, {row['peak_bytes'] / 2**20:.0f} MiB" if "times" in row else ""

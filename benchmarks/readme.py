@@ -8,10 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import goals
 from examples.demo import markdown_table
 
 ROOT = Path(__file__).parents[1]
 CPU_RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
+ATEN_RESULTS = ROOT / "benchmarks" / "results" / "cpu_aten.json"  # built without a compiler
+GPU_RESULTS = [ROOT / "benchmarks" / "results" / f"gpu_{part}.json" for part in ("small", "widths", "tokens")]
 STARTUP_RESULTS = ROOT / "benchmarks" / "results" / "startup.json"
 DISPATCH_RESULTS = ROOT / "benchmarks" / "results" / "dispatch.json"
 LINEAR_RESULTS = ROOT / "benchmarks" / "results" / "linear.json"
@@ -22,13 +25,25 @@ DEMO_RESULTS = ROOT / "docs" / "demo" / "results.json"
 
 
 def cpu_table() -> str:
+    return suite_table(CPU_RESULTS)
+
+
+def aten_table() -> str:
+    return suite_table(ATEN_RESULTS)
+
+
+def gpu_goals_table() -> str:
+    return goals.table(goals.rows_of([file for file in GPU_RESULTS if file.exists()]))
+
+
+def suite_table(results: Path) -> str:
     """How many times faster than the published operations each provider of the suite is, on the CPU."""
-    report = json.loads(CPU_RESULTS.read_text())
+    report = json.loads(results.read_text())
     times: dict[str, dict[str, float]] = {}
     for row in report["results"]:
         if (row["mode"], row["upstream"], row["status"]) == ("both", 1, "ok"):
             times.setdefault(row["case"], {})[row["provider"]] = row["p50"]
-    return ratio_table(times, report["environment"], CPU_RESULTS)
+    return ratio_table(times, report["environment"], results)
 
 
 # Forward and backward of complement_entropy, times faster than the published operations.
@@ -265,7 +280,12 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "predictions": prediction_table,
         "layouts": layout_table,
     },
-    ROOT / "docs" / "performance.md": {"goals": goals_table, "startup": startup_table},
+    ROOT / "docs" / "performance.md": {
+        "goals": goals_table,
+        "aten": aten_table,
+        "gpu-goals": gpu_goals_table,
+        "startup": startup_table,
+    },
     ROOT / "docs" / "linear.md": {"linear": linear_table},
     ROOT / "docs" / "training.md": {"training": training_table},
     ROOT / "docs" / "numerics.md": {"float32": float32_table, "half": half_table, "eps": eps_table},

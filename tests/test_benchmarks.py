@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import __main__ as suite
-from benchmarks import correctness, growth, linear, resources, runner, startup, timing
+from benchmarks import correctness, goals, growth, linear, resources, runner, startup, timing
 from benchmarks.cases import Case
 from benchmarks.providers import PROVIDERS, Provider
 from benchmarks.runner import Row, Settings
@@ -320,6 +320,12 @@ def test_linear_losses_are_measured_and_checked(capsys: pytest.CaptureFixture[st
     assert all(row["error"] < 1e-5 and row["times"] > 0 for row in ours)
 
 
+def test_linear_losses_after_the_deadline_are_skipped() -> None:
+    rows = linear.measure((16, 8, 50), CPU, threads=1, rounds=1, seconds=0.0, deadline=0.0)
+    assert [row["provider"] for row in rows] == [linear.PRODUCTS, *linear.PROVIDERS]
+    assert {row["status"] for row in rows} == {"skipped"} and {row["message"] for row in rows} == {linear.LATE}
+
+
 def test_a_wrong_linear_loss_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = (lambda: lambda input, weight, target: F.cross_entropy(input @ weight.t(), target) * 1.01,
              F.cross_entropy, False)  # fmt: skip
@@ -372,3 +378,39 @@ def test_memory_is_not_what_the_process_allocates_beside_a_loss() -> None:
 
     found = resources.memory(loss, torch.randn(16, 10, requires_grad=True), torch.randint(10, (16,)))
     assert 0 < found.held < found.peak < 50_000
+
+
+def timed_row(provider: str, p50: float, **values: Any) -> dict[str, Any]:
+    shape = {"case": "8192 x 32768", "rows": 8192, "classes": 32768, "dtype": "bf16", "upstream": 1.0}
+    row = {"provider": provider, "mode": "both", "graph": False, "status": "ok", "p50": p50, "copy_share": 0.95}
+    return {**shape, **row, **values}
+
+
+def test_gpu_goals_are_judged_by_the_worst_case() -> None:
+    rows = [
+        timed_row("complement_entropy", 10.0),
+        timed_row("complement_entropy", 10.0, upstream=0.37, copy_share=0.85),
+        timed_row("complement_entropy", 10.0, graph=True, copy_share=0.1),  # goals are of eager mode
+        timed_row("complement_entropy", 10.0, mode="forward", copy_share=0.1),
+        timed_row("complement_entropy", 1.0, case="128 x 10", rows=128, classes=10, copy_share=0.01),
+        timed_row("F.cross_entropy", 0.9, case="128 x 10", rows=128, classes=10),
+        timed_row("published", 120.0),
+        timed_row("published", 90.0, upstream=0.37),
+        timed_row("published, compiled", 30.0, status="wrong"),
+        timed_row("complement_cross_entropy", 10.0),
+        timed_row("Liger cross_entropy", 10.0),
+        timed_row("quack cross_entropy", 9.0),
+    ]
+    found = {each.goal.text.split(",")[0]: each for each in goals.verdicts(rows)}
+    assert [each.said for each in goals.verdicts(rows)] == [
+        "missed",  # 0.85 of the copy at an upstream of 0.37
+        "missed",  # 9 times, there
+        "not measured",
+        "met",
+        "missed",  # 1.11 times quack's
+        "met",  # 1.11 times F.cross_entropy's
+        "not measured",
+    ]
+    share = found["share of the copy's bandwidth"]
+    assert (share.worst, share.where, share.cases) == (0.85, "8192 x 32768, bf16, upstream 0.37", 2)
+    assert "| missed |" in goals.table(rows)

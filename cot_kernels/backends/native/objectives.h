@@ -13,9 +13,8 @@ template <class T> struct RowValues {
 template <class T>
 COT_INLINE RowValues<T> complement_entropy(T scale, T eps, Vector<T> log_odds, Vector<T> negentropy) {
   if (eps == 0) return {negentropy * scale, Vector<T>{}, splat<T>(scale)};
-  // Where eps exp(-b) would overflow u is nothing, and its limit is as good. The whole numbers are the logarithms of
-  // the largest number, over 4 for what is added to it, and of its root, for exp in two factors.
-  const T most = (sizeof(T) == 4 ? T(87) : T(708)) - (eps > 1 ? log<T>(splat<T>(eps))[0] : T(0));
+  // eps / (1 - p) = eps + x, so u = 1 / v. Where x would overflow u is nothing, and its limit is as good.
+  const T most = -NEGLIGIBLE<T> - (eps > 1 ? log<T>(splat<T>(eps))[0] : T(0));
   Vector<T> exponent = at_most<T>(-log_odds, most);
   Vector<T> x = exp_within<T>(choose<T>(exponent < NEGLIGIBLE<T>, splat<T>(NEGLIGIBLE<T>), exponent)) * eps;
   Vector<T> v = x + (1 + eps), u = 1 / v;
