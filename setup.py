@@ -16,7 +16,10 @@ setup(
             define_macros=[("Py_LIMITED_API", "0x030A0000")],
             py_limited_api=True,
             # No -ffast-math: NaN and infinity keep their meaning.
-            extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-g0"],
+            extra_compile_args=[
+                *("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math"),
+                *("-fvisibility=hidden", "-Wno-psabi", "-g0"),
+            ],
             libraries=["dl"],
             language="c++",
             optional=True,  # without a compiler the CPU is served by PyTorch's own operations

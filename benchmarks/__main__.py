@@ -35,7 +35,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     names = [provider.name for provider in PROVIDERS]
     parser.add_argument("--output", type=output_file, help="JSON file to write, after every case")
     parser.add_argument("--device", type=device_argument, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--part", choices=("small", "widths", "tokens", "cpu", "all"), default="all", help="which cases")
+    parser.add_argument(
+        "--part", choices=("small", "widths", "tokens", "cpu", "all"), default="all", help="which cases"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny cases, in seconds: does everything run?")
     parser.add_argument("--provider", choices=names, action="append", help="only this one (may be repeated)")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="only this one (may be repeated)")

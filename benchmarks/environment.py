@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from cot_kernels.backends.native import backend as native
+
 ROOT = Path(__file__).parents[1]
 _CPU = torch.device("cpu")
 
@@ -21,6 +23,7 @@ def environment(threads: int, device: torch.device = _CPU) -> dict[str, str | in
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else "",
         "cpu": _processor(),
+        "cpu_backend": f"C++, {native.level()}" if native.level() else "ATen",
         "threads": threads,
         "torch": torch.__version__,
         "triton": _version("triton"),

@@ -33,7 +33,7 @@ def _small(row: Row) -> bool:
 
 @dataclass(frozen=True)
 class Goal:
-    """Forward and backward in eager mode: the time of another provider over ours, or our share of a copy's bandwidth."""
+    """Forward and backward in eager mode: another provider's time over ours, or our share of a copy's bandwidth."""
 
     text: str
     ours: str

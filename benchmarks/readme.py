@@ -76,7 +76,8 @@ def goals_table() -> str:
 
 def cpu_note(about: dict[str, Any], results: Path) -> str:
     source = results.relative_to(ROOT)
-    return f"{about['cpu']}, {threads(about)}, torch {about['torch']}, float32; `{source}`."
+    backend = f", {about['cpu_backend']}" if "cpu_backend" in about else ""
+    return f"{about['cpu']}, {threads(about)}, torch {about['torch']}{backend}, float32; `{source}`."
 
 
 def startup_table() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def check_rows(input: Tensor, target: Tensor, ignore_index: int, reduction: str)
     shape, dims = input.shape, input.dim()
     if dims == 0:
         raise ValueError("input must have shape (K), (N, K) or (N, K, d1, ...), got a scalar")
-    expected = shape[:1] + shape[2:] if dims > 1 else shape[:0]
+    expected = shape[:1] if dims == 2 else shape[:1] + shape[2:] if dims > 1 else shape[:0]
     if target.shape != expected:
         raise ValueError(
             f"target must have shape {tuple(expected)} for input of shape {tuple(shape)}, got {tuple(target.shape)}"
@@ -41,14 +42,19 @@ def check_rows(input: Tensor, target: Tensor, ignore_index: int, reduction: str)
     return num_classes
 
 
+# The good case of these is on the way of every call: no function is called in it that can be spared.
+
+
 def check_float(name: str, tensor: Tensor, what: str) -> None:
-    check_dense(name, tensor)
+    if not isinstance(tensor, Tensor) or tensor.is_nested or tensor.layout is not torch.strided:
+        _refuse(name, tensor)
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64 {what}, got {tensor.dtype}")
 
 
 def check_target(target: Tensor) -> None:
-    check_dense("target", target)
+    if not isinstance(target, Tensor) or target.is_nested or target.layout is not torch.strided:
+        _refuse("target", target)
     if target.dtype not in INTEGERS:
         hint = "; class probabilities are not supported: pass class indices" if target.is_floating_point() else ""
         raise TypeError(f"target must hold integer class indices, got {target.dtype}{hint}")
@@ -59,13 +65,12 @@ def signed(target: Tensor) -> Tensor:
     return target.long() if target.dtype == torch.uint8 else target
 
 
-def check_dense(name: str, tensor: Tensor) -> None:
+def _refuse(name: str, tensor: Tensor) -> NoReturn:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
     if tensor.is_nested:
         raise TypeError(f"{name} must be a dense tensor, got a nested one: pad it")
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}: convert it with to_dense()")
+    raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}: convert it with to_dense()")
 
 
 def check_device(name: str, tensor: Tensor, input: Tensor) -> None:
@@ -88,6 +93,8 @@ def check_word(name: str, value: str, words: tuple[str, ...]) -> None:
 
 
 def check_finite(name: str, value: float) -> None:
+    if type(value) is float and -LARGEST <= value <= LARGEST:
+        return
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     try:

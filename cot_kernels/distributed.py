@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+    return type(tensor) is not Tensor and hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
 def check(input: Any, target: Any) -> None:

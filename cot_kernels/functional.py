@@ -29,8 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from cot_kernels import differentiable, distributed, operators
-from cot_kernels.autograd import RowLoss, RowStatistics
+from cot_kernels import autograd, differentiable, distributed, operators
 from cot_kernels.checks import check_finite, check_nonnegative, check_rows, check_word, signed
 from cot_kernels.objectives import (
     ComplementEntropyObjective,
@@ -40,6 +39,7 @@ from cot_kernels.objectives import (
 )
 
 _NORMALIZATIONS = ("classes", "complement", "entropy", "none")
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class ComplementStatistics(NamedTuple):
@@ -226,7 +226,7 @@ def _statistics(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tenso
         return _permuted(partial(_statistics, ignore_index=ignore_index), input, target, order)
     logits, rows = _as_rows(input, target)
     if _eager(input, target):
-        values = RowStatistics.apply(logits, rows, ignore_index)  # type: ignore[no-untyped-call]
+        values = autograd.row_statistics(logits, rows, ignore_index)
     elif plain_operations():
         values = differentiable.statistics(logits, rows, ignore_index)
     else:
@@ -246,7 +246,7 @@ def row_loss(input: Tensor, target: Tensor, ignore_index: int, objective: Object
         return _permuted(lambda input, target: (of_order(input, target),), input, target, order)[0]
     logits, rows = (input, target) if input.dim() == 2 else _as_rows(input, target)
     if _eager(input, target):
-        loss = RowLoss.apply(logits, rows, ignore_index, objective, reduction)  # type: ignore[no-untyped-call]
+        loss = autograd.row_loss(logits, rows, ignore_index, objective, reduction)
     elif plain_operations():
         loss = differentiable.loss(logits, rows, ignore_index, objective).squeeze(1)
         loss = operators.reduce(loss, rows, ignore_index, reduction)
@@ -258,12 +258,12 @@ def row_loss(input: Tensor, target: Tensor, ignore_index: int, objective: Object
 def _eager(input: Tensor, target: Tensor) -> bool:
     """Whether the autograd Functions can be called as they are, without the dispatcher's cost of an operator."""
     return not torch.compiler.is_compiling() and (
-        type(input) in (Tensor, torch.nn.Parameter)
-        and type(target) in (Tensor, torch.nn.Parameter)
+        type(input) in _PLAIN
+        and type(target) in _PLAIN
         and not input.is_meta
+        and forward_ad._current_level < 0
         and not operators.transformed()
         and not operators.traced()
-        and not plain_operations()
     )
 
 

@@ -23,6 +23,7 @@ def test_it_is_built() -> None:
     """`pip install` goes on without it where there is no compiler; whoever runs this suite has one."""
     assert native._rows is not None, "the compiled backend is missing: `pip install -v -e .` says why"
     assert autograd.backend_for(torch.empty(1, 2)) is native
+    assert native.level() == native._rows.levels()[-1] != ""
 
 
 @pytest.fixture(params=[0, 1, 2], ids=["level 0", "level 1", "level 2"])
@@ -152,16 +153,19 @@ def test_without_a_compiler_pytorch_computes_it(monkeypatch: pytest.MonkeyPatch)
     leaf = logits.float().requires_grad_()
     expected = torch.autograd.grad(cot_kernels.complement_entropy(leaf, target), leaf)[0]
     monkeypatch.setattr(native, "_rows", None)
-    assert autograd.backend_for(leaf) is aten
+    assert autograd.backend_for(leaf) is aten and native.level() == ""
     torch.testing.assert_close(torch.autograd.grad(cot_kernels.complement_entropy(leaf, target), leaf)[0], expected)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(TypeError, match="too few arguments"):
         native._rows.loss(0, 1)
+    logits = native._rows_of(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), -100)
     with pytest.raises(TypeError, match="too many arguments"):
-        native._rows.statistics(*range(2), 0, 3, 1, *[0] * 20)
-    with pytest.raises(TypeError):
-        native._rows.statistics("float32", *[0] * 15)  # type: ignore[arg-type]
+        native._rows.statistics(*logits, 0, 0, 0)
+    with pytest.raises(TypeError, match="an integer"):
+        native._rows.statistics("float32", *logits[1:], 0, 0)
+    with pytest.raises(TypeError, match="at most 3 numbers"):
+        native._rows.statistics(*logits[:2], (0, 3, 1, 1), *logits[3:], 0, 0)
     with pytest.raises(ValueError, match="levels"):
         native._rows.use(9)

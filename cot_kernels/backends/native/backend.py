@@ -7,7 +7,7 @@ held beside them.
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,6 +37,11 @@ def serves(logits: Tensor) -> bool:
     return _rows is not None and logits.is_cpu and logits.shape[1] <= _MOST_CLASSES
 
 
+def level() -> str:
+    """The kind of processor that the compiled code is for: "avx512", "avx2", "baseline", or "" where there is none."""
+    return _rows.levels()[-1] if _rows is not None else ""
+
+
 def _describe(objective: Objective) -> tuple[int, float, float, float]:
     if isinstance(objective, ComplementEntropyObjective):
         return 0, objective.scale, objective.eps, 0.0
@@ -46,31 +51,23 @@ def _describe(objective: Objective) -> tuple[int, float, float, float]:
     return 2, objective.scale, 0.0, objective.weight
 
 
-def _strides(rows: Tensor) -> tuple[int, int]:
-    """Along N and D."""
-    strides = rows.stride()
-    return strides if len(strides) == 2 else (strides[0], 0)
-
-
-def _tensor_strides(logits: Tensor) -> tuple[int, int, int]:
-    strides = logits.stride()
-    return strides if len(strides) == 3 else (*strides, 0)  # type: ignore[return-value]
-
-
-def _rows_of(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[int, ...]:
-    shape = logits.shape
+def _rows_of(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Any, ...]:
+    """The arguments that :mod:`._rows` calls ``logits``."""
     return (
         _DTYPES[logits.dtype],
         torch.get_num_threads(),
-        shape[0],
-        shape[1],
-        shape[2] if len(shape) == 3 else 1,
+        logits.shape,
         logits.data_ptr(),
-        *_tensor_strides(logits),
+        logits.stride(),
         target.data_ptr(),
-        *_strides(target),
+        target.stride(),
         ignore_index,
     )
+
+
+def _readable(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """What an address would not tell: signs that are still to change, and other integers than of 64 bits."""
+    return logits.resolve_neg() if logits.is_neg() else logits, target if target.dtype is torch.int64 else target.long()
 
 
 _NO_CLASS = -1
@@ -90,7 +87,7 @@ def loss(
         logits: (N, K) or (N, K, D), any strides.
         target: (N) or (N, D), integers.
     """
-    logits, target = logits.resolve_neg(), target.long()
+    logits, target = _readable(logits, target)
     dtype = accumulation_dtype(logits.dtype)
     whole = reduction == "none"
     result = torch.empty(target.shape if whole else (), dtype=dtype)
@@ -108,23 +105,23 @@ def loss(
 
 def gradient(logits: Tensor, saved: Saved, upstream: Tensor) -> Tensor:
     """``upstream * dl/dz`` in the dtype and layout of the logits; ``upstream`` is one number, or one a row."""
-    logits, (target, state) = logits.resolve_neg(), saved
+    target, state = saved
+    logits, upstream = logits.resolve_neg(), upstream.resolve_neg()
     grad = torch.empty_like(logits)
-    upstream = upstream.resolve_neg()
     _rows.gradient(
         *_rows_of(logits, target, _NO_CLASS),
         state.data_ptr(),
         upstream.data_ptr(),
-        *(_strides(upstream) if upstream.dim() else (0, 0)),
+        upstream.stride(),
         grad.data_ptr(),
-        *_tensor_strides(grad),
+        grad.stride(),
     )
     return grad
 
 
 def statistics(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Saved]:
     """target_logit, complement_lse and negentropy in the shape of the target, 0 where ignored, and the saved rows."""
-    logits, target = logits.resolve_neg(), target.long()
+    logits, target = _readable(logits, target)
     dtype = accumulation_dtype(logits.dtype)
     values = torch.empty((3, *target.shape), dtype=dtype)
     state = torch.empty((3, *target.shape), dtype=dtype)

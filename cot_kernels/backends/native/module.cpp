@@ -3,6 +3,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <array>
 #include <vector>
 
 #include "levels.h"
@@ -38,6 +39,18 @@ struct Arguments {
     PyObject* value = take();
     return value && !PyErr_Occurred() ? PyLong_AsVoidPtr(value) : nullptr;
   }
+  // A tuple, filled up.
+  template <size_t most> std::array<int64_t, most> integers(int64_t filler = 0) {
+    std::array<int64_t, most> values;
+    values.fill(filler);
+    PyObject* tuple = take();
+    if (!tuple || PyErr_Occurred()) return values;
+    const Py_ssize_t count = PyTuple_Check(tuple) ? PyTuple_Size(tuple) : -1;
+    if (count < 0 || count > Py_ssize_t(most))
+      PyErr_Format(PyExc_TypeError, "a tuple of at most %zu numbers is wanted", most);
+    for (Py_ssize_t i = 0; i < count && !PyErr_Occurred(); ++i) values[i] = PyLong_AsLongLong(PyTuple_GetItem(tuple, i));
+    return values;
+  }
   bool complete() {
     if (next != end && !PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "too many arguments");
     return !PyErr_Occurred();
@@ -51,23 +64,25 @@ struct Call {
 };
 
 cot::Strides strides(Arguments& arguments) {
-  const int64_t row = arguments.integer(), class_ = arguments.integer(), column = arguments.integer();
+  const auto [row, class_, column] = arguments.integers<3>();
   return {row, class_, column};
 }
 
 void turn(cot::Strides& at) { at.column = at.row, at.row = 0; }
 
-// dtype, threads, N, K, D, logits and their strides, target and its strides, ignore_index.
+// dtype, threads, shape, address and strides of the logits; address and strides of the target; ignore_index.
 Call call_of(Arguments& arguments) {
   Call call;
   cot::Rows& rows = call.rows;
   call.dtype = int(arguments.integer()) & 3;
   call.threads = int(arguments.integer());
-  rows.rows = arguments.integer(), rows.classes = arguments.integer(), rows.columns = arguments.integer();
+  const auto shape = arguments.integers<3>(1);
+  rows.rows = shape[0], rows.classes = shape[1], rows.columns = shape[2];
   rows.logits = arguments.address();
   rows.at = strides(arguments);
   rows.target = static_cast<const int64_t*>(arguments.address());
-  rows.target_row = arguments.integer(), rows.target_column = arguments.integer();
+  const auto of_target = arguments.integers<2>();
+  rows.target_row = of_target[0], rows.target_column = of_target[1];
   rows.ignore_index = arguments.integer();
   const int64_t width = level->vector_bytes / (call.dtype == cot::FLOAT64 ? 8 : 4);
   const bool fill = rows.classes >= width;  // the classes of a row fill a vector
@@ -190,7 +205,8 @@ PyObject* gradient(PyObject*, PyObject* const* given, Py_ssize_t count) {
   const Call call = call_of(arguments);
   cot::GradientJob job{call.rows, nullptr, nullptr, 0, 0, nullptr, {0, 0, 0}};
   job.state = arguments.address(), job.upstream = arguments.address();
-  job.upstream_row = arguments.integer(), job.upstream_column = arguments.integer();
+  const auto of_upstream = arguments.integers<2>();
+  job.upstream_row = of_upstream[0], job.upstream_column = of_upstream[1];
   job.grad = arguments.address();
   job.at = strides(arguments);
   if (!arguments.complete()) return nullptr;

@@ -119,19 +119,25 @@ template <class S> COT_INLINE void scatter(S* to, int64_t stride, int count, Vec
 
 // ---- over the lanes: halves against each other, so that sums round alike on every machine ----
 
+template <class T> COT_INLINE Vector<T> other_half(Vector<T> value, int half) {
+#ifdef __clang__
+  Vector<T> other;
+  for (int i = 0; i < WIDTH<T>; ++i) other[i] = value[i ^ half];
+  return other;
+#else
+  return __builtin_shuffle(value, iota<T>() ^ half);
+#endif
+}
 template <class T> COT_INLINE T largest(Vector<T> value) {
-  T lanes[WIDTH<T>];
-  memcpy(lanes, &value, sizeof value);
-  for (int half = WIDTH<T> / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i + half] > lanes[i] ? lanes[i + half] : lanes[i];
-  return lanes[0];
+  for (int half = WIDTH<T> / 2; half; half /= 2) {
+    Vector<T> other = other_half<T>(value, half);
+    value = choose<T>(other > value, other, value);
+  }
+  return value[0];
 }
 template <class T> COT_INLINE T sum(Vector<T> value) {
-  T lanes[WIDTH<T>];
-  memcpy(lanes, &value, sizeof value);
-  for (int half = WIDTH<T> / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+  for (int half = WIDTH<T> / 2; half; half /= 2) value += other_half<T>(value, half);
+  return value[0];
 }
 
 // ---- functions ----
