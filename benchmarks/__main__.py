@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.arguments import at_least_one, device_argument, duration, output_file
+from benchmarks.arguments import device_argument, duration, output_file, thread_count
 from benchmarks.cases import DTYPES, PARTS, Case
 from benchmarks.environment import environment
 from benchmarks.progress import progress
@@ -41,7 +41,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny cases, in seconds: does everything run?")
     parser.add_argument("--provider", choices=names, action="append", help="only this one (may be repeated)")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="only this one (may be repeated)")
-    parser.add_argument("--threads", type=at_least_one, default=2, help="of PyTorch on the CPU")
+    parser.add_argument("--threads", type=thread_count, default=2, help="of PyTorch on the CPU")
     parser.add_argument("--minutes", type=duration, help=f"start nothing after this long; on a GPU {GPU_MINUTES:g}")
     return parser.parse_args(arguments)
 

@@ -31,6 +31,16 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
+MOST_THREADS = 4096  # more is a slip of the keyboard, and beyond 2^31 no number of threads
+
+
+def thread_count(text: str) -> int:
+    """A whole number of threads."""
+    if at_least_one(text) > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected at most {MOST_THREADS} threads")
+    return int(text)
+
+
 def duration(text: str) -> float:
     """A finite number above 0."""
     try:

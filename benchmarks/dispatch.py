@@ -17,7 +17,7 @@ from torch import Tensor
 
 import cot_kernels
 from benchmarks import timing
-from benchmarks.arguments import at_least_one, duration, output_file
+from benchmarks.arguments import duration, output_file, thread_count
 from benchmarks.cases import Case
 from benchmarks.environment import environment
 from benchmarks.progress import progress
@@ -52,7 +52,7 @@ def measure(case: Case, seconds: float) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=output_file, help="JSON file to write")
-    parser.add_argument("--threads", type=at_least_one, default=2)
+    parser.add_argument("--threads", type=thread_count, default=2)
     parser.add_argument("--seconds", type=duration, default=SECONDS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 import cot_kernels
 from benchmarks import timing
-from benchmarks.arguments import at_least_one, device_argument, duration, output_file
+from benchmarks.arguments import at_least_one, device_argument, duration, output_file, thread_count
 from benchmarks.environment import environment
 from benchmarks.progress import progress
 from benchmarks.runner import message_of
@@ -198,18 +198,33 @@ def measure(
             steps.pop(name, None)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    for name, step in steps.items():
-        if device.type == "cuda":
-            rows[name]["peak_bytes"] = gpu_peak(step, tensors)
-        else:
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                rows[name]["peak_bytes"] = pool.apply(cpu_peak, (name, shape, threads))
+
+    def failed(name: str, reason: Exception) -> None:
+        """A provider that raises on its second or hundredth call costs its own row alone."""
+        del steps[name]
+        rows[name] = {"status": "failed", "message": message_of(reason)}
+
+    for name, step in list(steps.items()):
+        try:
+            if device.type == "cuda":
+                rows[name]["peak_bytes"] = gpu_peak(step, tensors)
+            else:
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    rows[name]["peak_bytes"] = pool.apply(cpu_peak, (name, shape, threads))
+        except Exception as reason:
+            failed(name, reason)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds):
         if turn and time.monotonic() > deadline:
             break  # with fewer samples
-        for name, step in steps.items():
-            times[name] += timed(step, tensors, device, seconds)
+        for name, step in list(steps.items()):
+            try:
+                times[name] += timed(step, tensors, device, seconds)
+            except Exception as reason:
+                failed(name, reason)
+                del times[name]
+    if PRODUCTS not in times:
+        return [{"provider": name, **about, **row} for name, row in rows.items()]
     floor = timing.quantile(times[PRODUCTS], 0.5)
     for name, taken in times.items():
         median = timing.quantile(taken, 0.5)
@@ -225,38 +240,49 @@ def timed(step: Step, tensors: tuple[Tensor, Tensor, Tensor], device: torch.devi
     return [time.perf_counter() - start]
 
 
+def write(output: Path, about: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    lines = ",\n".join(json.dumps(row) for row in results)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(f'{{"environment": {json.dumps(about)}, "results": [\n{lines}\n]}}\n')
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=output_file, help="JSON file to write")
     parser.add_argument("--device", type=device_argument, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=at_least_one, default=2, help="of PyTorch on the CPU")
+    parser.add_argument("--threads", type=thread_count, default=2, help="of PyTorch on the CPU")
     parser.add_argument(
-        "--case", type=int, nargs=3, action="append", metavar=("ROWS", "FEATURES", "CLASSES"), help="may be repeated"
+        "--case",
+        type=at_least_one,
+        nargs=3,
+        action="append",
+        metavar=("ROWS", "FEATURES", "CLASSES"),
+        help="may be repeated",
     )
     parser.add_argument("--rounds", type=at_least_one, default=ROUNDS)
     parser.add_argument("--seconds", type=duration, default=0.2, help="of a provider in a round, on a GPU")
     parser.add_argument("--minutes", type=duration, help=f"start nothing after this long; on a GPU {GPU_MINUTES:g}")
     options = parser.parse_args()
+    if any(case[2] < 2 for case in options.case or ()):
+        parser.error("--case needs at least 2 classes: the complement of one is empty")
     torch.set_num_threads(options.threads)
     device: torch.device = options.device
     minutes = options.minutes if options.minutes is not None else GPU_MINUTES if device.type == "cuda" else math.inf
     deadline = time.monotonic() + 60 * minutes
     shapes = [tuple(case) for case in options.case or ()] or (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES)
     results: list[dict[str, Any]] = []
+    about = environment(options.threads, options.device)
     with progress(len(shapes)) as advance:
         for shape in shapes:
             advance("{} x {} -> {}".format(*shape))
             results += measure(shape, device, options.threads, options.rounds, options.seconds, deadline)
+            if options.output:
+                write(options.output, about, results)
     for row in results:
         said = row.get("message", "")
         numbers = f"{row['times']:.2f} of three products, {row['peak_bytes'] / 2**20:.0f} MiB" if "times" in row else ""
         shape = (row["rows"], row["features"], row["classes"])
         print("{} x {} -> {}".format(*shape), f"{row['provider']}: {row['status']}", numbers or said, sep="  ")
-    if options.output:
-        lines = ",\n".join(json.dumps(row) for row in results)
-        about = json.dumps(environment(options.threads, options.device))
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(f'{{"environment": {about}, "results": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

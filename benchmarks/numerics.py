@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor
 
 import cot_kernels
-from benchmarks.arguments import at_least_one, output_file
+from benchmarks.arguments import output_file, thread_count
 from benchmarks.environment import environment
 from cot_kernels import reference
 
@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=output_file, help="JSON file to write")
     parser.add_argument("--figure", type=output_file, help="PNG file to write")
-    parser.add_argument("--threads", type=at_least_one, default=2)
+    parser.add_argument("--threads", type=thread_count, default=2)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     points = [(classes, rows, margin) for classes, rows in CASES for margin in MARGINS]

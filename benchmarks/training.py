@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.arguments import at_least_one, output_file
+from benchmarks.arguments import output_file, thread_count
 from benchmarks.environment import environment
 from examples.demo import silence
 from examples.digits import Digits, DigitsNet
@@ -78,7 +78,7 @@ def seconds(module: Any, data: Any, callbacks: list[Any], batches: int) -> list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=output_file, help="JSON file to write")
-    parser.add_argument("--threads", type=at_least_one, default=2)
+    parser.add_argument("--threads", type=thread_count, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     silence()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cot_kernels import differentiable
+from cot_kernels import context, differentiable
 from cot_kernels.backends import aten
 from cot_kernels.backends.native import backend as native
 from cot_kernels.objectives import Objective
@@ -35,12 +35,6 @@ def backend_for(logits: Tensor) -> ModuleType:
 
         return backend
     return native if native.serves(logits) else aten
-
-
-def batched(upstream: Tensor) -> bool:
-    """Whether it stands for a batch of gradients, as with torch.autograd.grad(is_grads_batched=True)."""
-    functorch = torch._C._functorch
-    return functorch.is_batchedtensor(upstream) or functorch.is_legacy_batchedtensor(upstream)
 
 
 class RowLoss(torch.autograd.Function):
@@ -62,9 +56,9 @@ class RowLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
         logits, target, *saved = ctx.saved_tensors
-        if not (torch.is_grad_enabled() or batched(upstream)):
+        if not torch.is_grad_enabled() and context.readable(upstream):
             return ctx.backend.gradient(logits, tuple(saved), upstream), None, None, None, None
-        # create_graph=True: the gradient is to be differentiated itself. Or many upstream gradients at once.
+        # create_graph=True: the gradient is to be differentiated itself. Or an upstream that no kernel can read.
         ignore_index, objective, reduction = ctx.arguments
         if reduction == "none":
             upstream = upstream.reshape(target.shape).unsqueeze(1)
@@ -88,7 +82,7 @@ class RowStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor, None, None]:
         logits, target, *saved = ctx.saved_tensors
-        if not (torch.is_grad_enabled() or any(batched(each) for each in upstreams)):
+        if not torch.is_grad_enabled() and all(context.readable(each) for each in upstreams):
             return ctx.backend.statistics_gradient(logits, tuple(saved), *upstreams), None, None
         columns = (each.reshape(target.shape).unsqueeze(1) for each in upstreams)
         return differentiable.statistics_gradient(logits, target, ctx.ignore_index, *columns), None, None

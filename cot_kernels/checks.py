@@ -14,7 +14,9 @@ from cot_kernels import distributed
 REDUCTIONS = ("mean", "sum", "none")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LARGEST = 1e30  # an eps, alpha or gamma beyond it would overflow float32 on the way
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+SMALLEST = 1e-30  # so would the quotient of an eps below it and what is left of a probability
+SIGNED = (torch.int64, torch.int32, torch.int16, torch.int8)
+INTEGERS = (*SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 def check_rows(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> int:
@@ -60,9 +62,12 @@ def check_target(target: Tensor) -> None:
         raise TypeError(f"target must hold integer class indices, got {target.dtype}{hint}")
 
 
-def signed(target: Tensor) -> Tensor:
-    """The target in a dtype that can hold an ignore_index: in uint8, -100 would be compared as class 156."""
-    return target.long() if target.dtype == torch.uint8 else target
+def signed(target: Tensor, ignore_index: int) -> Tensor:
+    """The target in a dtype that can hold the ignore_index: in uint8, -100 would be compared as class 156."""
+    if target.dtype is torch.int64:
+        return target
+    fits = target.dtype in SIGNED and torch.iinfo(target.dtype).min <= ignore_index <= torch.iinfo(target.dtype).max
+    return target if fits else target.long()
 
 
 def _refuse(name: str, tensor: Tensor) -> NoReturn:
@@ -110,3 +115,9 @@ def check_nonnegative(name: str, value: float) -> None:
     check_finite(name, value)
     if value < 0:
         raise ValueError(f"{name} must be at least 0, got {value}")
+
+
+def check_eps(eps: float) -> None:
+    check_nonnegative("eps", eps)
+    if 0 < eps < SMALLEST:
+        raise ValueError(f"eps must be 0 or at least {SMALLEST:g}, got {eps}: use 0")

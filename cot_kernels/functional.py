@@ -9,6 +9,8 @@ Shapes, dtypes and errors, common to all of them:
   on the CPU; on a GPU, where looking would wait for the device, the loss and the gradient of its row are NaN.
 - The loss is float32 (float64 for float64 input), whatever the precision of the input: half-precision logits are
   upcast as they are read. The gradient has the dtype of ``input``.
+- A logit at or below -1e30 counts as -inf: its class is absent.
+- ``eps`` is 0 or between 1e-30 and 1e30, ``alpha`` between 0 and 1e30, ``gamma`` at most 1e30 in magnitude.
 - ``reduction``: ``"mean"`` over the rows that are not ignored, ``"sum"``, or ``"none"`` (shape of ``target``). The mean
   of no rows is NaN, its gradient zero.
 - TypeError or ValueError for anything else, before any arithmetic.
@@ -27,10 +29,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from cot_kernels import autograd, differentiable, distributed, operators
-from cot_kernels.checks import check_finite, check_nonnegative, check_rows, check_word, signed
+from cot_kernels import autograd, context, differentiable, distributed, operators
+from cot_kernels.checks import check_eps, check_finite, check_nonnegative, check_rows, check_word, signed
 from cot_kernels.objectives import (
     ComplementEntropyObjective,
     CrossEntropyObjective,
@@ -39,7 +40,6 @@ from cot_kernels.objectives import (
 )
 
 _NORMALIZATIONS = ("classes", "complement", "entropy", "none")
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class ComplementStatistics(NamedTuple):
@@ -92,7 +92,7 @@ def complement_entropy(
         tensor(-0.2747, grad_fn=<RowLossBackward>)
     """
     num_classes = check_rows(input, target, ignore_index, reduction)
-    check_nonnegative("eps", eps)
+    check_eps(eps)
     if num_classes == 2 and not torch.compiler.is_compiling():
         _warn_two_classes()
     objective = ComplementEntropyObjective(scale_of(normalization, num_classes), float(eps))
@@ -128,7 +128,7 @@ def guided_complement_entropy(
     Source: Chen et al., Improving Adversarial Robustness via Guided Complement Entropy, ICCV 2019 (arXiv 1903.09799).
     """
     num_classes = check_rows(input, target, ignore_index, reduction)
-    check_nonnegative("eps", eps)
+    check_eps(eps)
     check_nonnegative("alpha", alpha)
     objective = GuidedComplementEntropyObjective(1 / math.log(num_classes), float(eps), float(alpha))
     return row_loss(input, target, ignore_index, objective, reduction)
@@ -171,8 +171,8 @@ def complement_cross_entropy(
 def cross_entropy(input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
     r"""Cross-entropy with class indices, ``-ln p_g = softplus(L - z_g)``.
 
-    For finite logits equal to :func:`torch.nn.functional.cross_entropy`, and accurate where that rounds to 0: nothing
-    cancels as ``p_g -> 1``.
+    For logits above -1e30 equal to :func:`torch.nn.functional.cross_entropy`, and accurate where that rounds to 0:
+    nothing cancels as ``p_g -> 1``.
 
     Args:
         input: logits, (K), (N, K) or (N, K, d1, ...), K >= 2.
@@ -218,7 +218,7 @@ def complement_statistics(input: Tensor, target: Tensor, *, ignore_index: int = 
 
 def _statistics(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
     values: tuple[Tensor, ...]
-    target = signed(target)
+    target = signed(target, ignore_index)
     if distributed.is_dtensor(input):
         values, _ = distributed.by_rows(partial(_statistics, ignore_index=ignore_index), input, target)
         return values
@@ -236,7 +236,7 @@ def _statistics(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tenso
 
 def row_loss(input: Tensor, target: Tensor, ignore_index: int, objective: Objective, reduction: str) -> Tensor:
     loss: Tensor
-    target = signed(target)
+    target = signed(target, ignore_index)
     if distributed.is_dtensor(input):
         rows_of_rank = partial(row_loss, ignore_index=ignore_index, objective=objective, reduction="none")
         (loss,), target = distributed.by_rows(lambda input, target: (rows_of_rank(input, target),), input, target)
@@ -258,18 +258,18 @@ def row_loss(input: Tensor, target: Tensor, ignore_index: int, objective: Object
 def _eager(input: Tensor, target: Tensor) -> bool:
     """Whether the autograd Functions can be called as they are, without the dispatcher's cost of an operator."""
     return not torch.compiler.is_compiling() and (
-        type(input) in _PLAIN
-        and type(target) in _PLAIN
+        context.plain(input)
+        and context.plain(target)
         and not input.is_meta
-        and forward_ad._current_level < 0
-        and not operators.transformed()
-        and not operators.traced()
+        and not context.in_forward_mode()
+        and not context.transformed()
+        and not context.traced()
     )
 
 
 def plain_operations() -> bool:
     """Where no operator can be called: in forward mode, and where a compiler traces a transform of torch.func."""
-    return operators.transformed() if torch.compiler.is_compiling() else forward_ad._current_level >= 0
+    return context.transformed() if torch.compiler.is_compiling() else context.in_forward_mode()
 
 
 def _memory_order(input: Tensor) -> list[int] | None:

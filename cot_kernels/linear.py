@@ -30,12 +30,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from cot_kernels import functional, operators, projection
+from cot_kernels import context, functional, operators, projection
 from cot_kernels.checks import (
     check_device,
+    check_eps,
     check_finite,
     check_float,
-    check_nonnegative,
     check_options,
     check_target,
     signed,
@@ -44,6 +44,7 @@ from cot_kernels.objectives import ComplementEntropyObjective, CrossEntropyObjec
 
 CPU_BUDGET = 128 << 20
 GPU_BUDGET = 512 << 20
+UNLIMITED = 2**62  # an operator takes integers of 64 bits
 
 
 class LinearLoss(NamedTuple):
@@ -134,7 +135,7 @@ def linear_complement_entropy(
     Source: the loss, Chen et al., ICLR 2019 (arXiv 1903.01182).
     """
     _check(input, linear_weight, linear_bias, target, ignore_index, reduction, memory_budget)
-    check_nonnegative("eps", eps)
+    check_eps(eps)
     objective = ComplementEntropyObjective(functional.scale_of(normalization, len(linear_weight)), float(eps))
     return _loss(
         input, linear_weight, linear_bias, target, ignore_index, objective, reduction, memory_budget, return_parts
@@ -152,13 +153,14 @@ def _loss(
     memory_budget: int | None,
     return_parts: bool,
 ) -> Any:
-    target = signed(target)
+    target = signed(target, ignore_index)
     if not all(_plain(each) for each in (input, weight, bias, target) if each is not None):
         return _unfused(input, weight, bias, target, ignore_index, objective, reduction, return_parts)
     budget = memory_budget or (CPU_BUDGET if input.device.type == "cpu" else GPU_BUDGET)
+    budget = min(budget, UNLIMITED)
     unit = objective.scaled(1 / objective.scale)
     plan = projection.Plan(ignore_index, unit, budget, _compute_dtype(input))
-    seen = torch.compiler.is_compiling() or operators.traced()
+    seen = torch.compiler.is_compiling() or context.traced()
     run = projection.by_operator if seen else projection.LinearLoss.apply
     rows, parts = run(  # type: ignore[no-untyped-call]
         input.flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0),
@@ -208,9 +210,9 @@ def _reduce(rows: Tensor, target: Tensor, ignore_index: int, reduction: str, sca
 
 
 def _plain(tensor: Tensor) -> bool:
-    if functional.plain_operations() or operators.transformed() or tensor.is_meta:
+    if functional.plain_operations() or context.transformed() or tensor.is_meta:
         return False
-    return torch.compiler.is_compiling() or type(tensor) in (Tensor, torch.nn.Parameter)
+    return torch.compiler.is_compiling() or context.plain(tensor)
 
 
 def _in_autocast(input: Tensor) -> bool:
@@ -261,10 +263,11 @@ def _check(
     autocast = _in_autocast(input)
     for name, tensor in others.items():
         check_device(name, tensor, input)
-        if tensor.dtype != input.dtype and not autocast:
+        cast = autocast and torch.float64 not in (tensor.dtype, input.dtype)  # which autocast leaves as it is
+        if tensor.dtype != input.dtype and not cast:
             raise TypeError(
                 f"{name} must have the dtype of input, {input.dtype}, got {tensor.dtype}: convert one of them, or use "
-                "torch.autocast"
+                "torch.autocast, which casts all but float64"
             )
     check_device("target", target, input)
     check_options(ignore_index, reduction)

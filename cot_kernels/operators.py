@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from cot_kernels import autograd, differentiable
+from cot_kernels import autograd, context, differentiable
 from cot_kernels.backends import accumulation_dtype
+from cot_kernels.checks import check_rows
 from cot_kernels.objectives import (
     ComplementEntropyObjective,
     CrossEntropyObjective,
@@ -48,11 +49,30 @@ def objective_of(name: str, parameters: list[float]) -> Objective:
     return _OBJECTIVES[name](*parameters)
 
 
+_STATISTICS = ("d_target_logit", "d_complement_lse", "d_negentropy")
+
+
+def _check(logits: Tensor, target: Tensor, ignore_index: int, **rows: Tensor) -> None:
+    """What a kernel is about to read is there: operators are public, and nothing else has looked."""
+    check_rows(logits, target, ignore_index, "none")
+    if logits.dim() not in (2, 3):
+        raise ValueError(f"logits must have shape (N, K) or (N, K, D), got {tuple(logits.shape)}")
+    dtype = accumulation_dtype(logits.dtype)
+    for name, each in rows.items():
+        shape = each.shape[1:] if name == "state" else each.shape
+        if shape != target.shape or each.dtype != dtype or each.device != logits.device:
+            raise ValueError(
+                f"{name} must hold {dtype} on {logits.device} for a target of shape {tuple(target.shape)}, got "
+                f"{tuple(each.shape)} of {each.dtype} on {each.device}"
+            )
+
+
 @custom_op("cot_kernels::row_loss", mutates_args=())
 def row_loss(
     logits: Tensor, target: Tensor, ignore_index: int, objective: str, parameters: list[float]
 ) -> tuple[Tensor, Tensor]:
     """Row losses ``l(b, S)`` in the shape of the target, and the state."""
+    _check(logits, target, ignore_index)
     backend = autograd.backend_for(logits)
     return backend.row_loss(logits, target, ignore_index, objective_of(objective, parameters))  # type: ignore[no-any-return]
 
@@ -68,12 +88,14 @@ def row_loss_gradient(
     upstream: Tensor,
 ) -> Tensor:
     """The gradient of ``sum_n upstream_n l_n``."""
+    _check(logits, target, ignore_index, state=state, upstream=upstream)
     return autograd.backend_for(logits).row_loss_gradient(logits, target, ignore_index, state, upstream)  # type: ignore[no-any-return]
 
 
 @custom_op("cot_kernels::row_statistics", mutates_args=())
 def row_statistics(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(z_g, L, S)`` in the shape of the target, and the state."""
+    _check(logits, target, ignore_index)
     return autograd.backend_for(logits).row_statistics(logits, target, ignore_index)  # type: ignore[no-any-return]
 
 
@@ -89,6 +111,7 @@ def row_statistics_gradient(
 ) -> Tensor:
     """The gradient of anything built on the statistics, from what reaches the three of them."""
     upstreams = (d_target_logit, d_complement_lse, d_negentropy)
+    _check(logits, target, ignore_index, state=state, **dict(zip(_STATISTICS, upstreams, strict=True)))
     return autograd.backend_for(logits).row_statistics_gradient(logits, target, ignore_index, state, *upstreams)  # type: ignore[no-any-return]
 
 
@@ -230,22 +253,7 @@ class RowStatisticsGradientRule(torch.autograd.Function):
 
 
 def _call(operator: Any, rule: Any, *arguments: Any) -> Any:
-    return (rule.apply if transformed() else operator)(*arguments)
-
-
-def transformed() -> bool:
-    """Within a transform of torch.func; as torch.autograd.Function.apply asks."""
-    return torch._C._are_functorch_transforms_active()
-
-
-def traced() -> bool:
-    """Under torch.jit.trace, fake tensors, make_fx or functionalization, which NumPy's operations would escape."""
-    if torch._C._get_tracing_state():
-        return True
-    if not torch._C._len_torch_dispatch_stack():
-        return False
-    keys = torch._C._TorchDispatchModeKey
-    return any(torch._C._get_dispatch_mode(key) for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
+    return (rule.apply if context.transformed() else operator)(*arguments)
 
 
 for _operator, _rule in (

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.nn import functional
 
-from cot_kernels import autograd, differentiable, operators
+from cot_kernels import autograd, context, differentiable, operators
 from cot_kernels.backends import accumulation_dtype
 from cot_kernels.objectives import Objective
 
@@ -172,8 +172,8 @@ class LinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Any, ...]:
         input, weight, bias, target = ctx.saved_tensors
-        if torch.is_grad_enabled() or autograd.batched(upstream):
-            # create_graph=True: the gradients are to be differentiated themselves. Or many upstream gradients at once.
+        if torch.is_grad_enabled() or not context.readable(upstream):
+            # create_graph=True: the gradients are to be differentiated themselves. Or no kernel can read the upstream.
             gradients = _differentiable(input, weight, bias, target, ctx.plan, upstream)
         elif ctx.uniform:
             # Scaled in place and given away: a second backward pass finds none, and forms them again.
@@ -234,13 +234,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Any, ...]:
     input, weight, bias, target, *gradients = ctx.saved_tensors
     needed = [int(each) for each in ctx.needs_input_grad[:3]]
-    if any(ctx.wanted):
+    if torch.is_grad_enabled():  # create_graph=True: the gradients are to be differentiated themselves
+        ignore_index, objective, parameters, budget, dtype = ctx.arguments
+        plan = Plan(ignore_index, operators.objective_of(objective, parameters), budget, dtype)
+        gradients = _differentiable(input, weight, bias, target, plan, upstream[0])  # type: ignore[assignment]
+    elif any(ctx.wanted):
         factor = upstream[0, :1].sum()
         gradients = [each * factor for each in gradients]
     else:
         _, *gradients = linear_loss(input, weight, bias, target, upstream[0], *ctx.arguments, needed)
     as_got = (
-        gradient.to(each.dtype) if wanted else None
+        gradient.to(each.dtype) if wanted and gradient is not None else None
         for wanted, gradient, each in zip(needed, gradients, (input, weight, bias), strict=True)
     )
     return *as_got, *(None,) * 8

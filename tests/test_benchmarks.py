@@ -412,5 +412,27 @@ def test_gpu_goals_are_judged_by_the_worst_case() -> None:
         "not measured",
     ]
     share = found["share of the copy's bandwidth"]
+    wrong = timed_row("complement_entropy", 1.0, case="8192 x 262144", classes=262144, status="wrong", copy_share=None)
+    verdict = next(goals.verdicts([rows[0], wrong]))
+    assert (verdict.said, verdict.worst) == ("missed: wrong at 8192 x 262144, bf16", 0.95)
     assert (share.worst, share.where, share.cases) == (0.85, "8192 x 32768, bf16, upstream 0.37", 2)
     assert "| missed |" in goals.table(rows)
+
+
+@pytest.mark.parametrize(
+    ("devices", "cases", "said"),
+    [
+        (("cpu",), ("128 x 10",), "of one GPU, got cpu"),
+        (("NVIDIA A", "NVIDIA B"), ("128 x 10", "256 x 100"), "of one GPU, got NVIDIA A, NVIDIA B"),
+        (("NVIDIA A", "NVIDIA A"), ("128 x 10", "128 x 10"), "each case in one file, got 128 x 10 in"),
+    ],
+)
+def test_goals_compare_what_can_be_compared(
+    devices: tuple[str, ...], cases: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    files = [tmp_path / f"{index}.json" for index in range(len(devices))]
+    for file, device, case in zip(files, devices, cases, strict=True):
+        report = {"environment": {"device": device}, "results": [timed_row("published", 1.0, case=case)]}
+        file.write_text(json.dumps(report))
+    with pytest.raises(ValueError, match=said):
+        goals.rows_of(files)

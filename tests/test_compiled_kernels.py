@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -84,6 +85,28 @@ def test_kernels_keep_to_their_budgets(reports: list[dict[str, Any]]) -> None:
         assert report["once"] <= budget.once, report
         assert report["registers"] <= budget.registers, report
         assert report["bytes_in_flight"] >= budget.under_way << 10, report
+
+
+def test_no_kernel_costs_more_than_in_the_committed_report(reports: list[dict[str, Any]]) -> None:
+    """Budgets are of layouts; this is of every kernel, dtype, objective and number of classes, merges and folds too."""
+    committed = json.loads((ROOT / "benchmarks" / "results" / "compile_report.json").read_text())
+    compiler = reports[0]["case"]["target"], importlib.metadata.version("triton")
+    if compiler[1] != committed["environment"]["triton"]:
+        pytest.skip(f"the report is of Triton {committed['environment']['triton']}, this is {compiler[1]}")
+
+    def key(report: dict[str, Any]) -> tuple[Any, ...]:
+        return report["kernel"], report["split"], *sorted(report["case"].items())
+
+    before = {key(report): report for report in committed["reports"]}
+    assert {key(report) for report in reports} == {each for each in before if ("target", compiler[0]) in each}
+    for report in reports:
+        allowed = before[key(report)]
+        for figure in ("registers", "executed_per_logit", "once", "loop_per_logit"):
+            if report[figure] is not None:
+                assert report[figure] <= 1.05 * allowed[figure] + 1, (figure, allowed[figure], report)
+        for side in ("global_loads", "global_stores"):
+            wide = report[side].get("128", 0), allowed[side].get("128", 0)
+            assert wide[0] >= wide[1] or sum(report[side].values()) <= sum(allowed[side].values()), (side, report)
 
 
 def test_many_long_rows_wait_for_memory(reports: list[dict[str, Any]]) -> None:

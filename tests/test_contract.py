@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 from typing import Any
 
 import numpy
@@ -184,11 +185,32 @@ def test_transposed_trailing_dimensions_are_read_where_they_are(
     assert seen[0].data_ptr() == logits.data_ptr() and seen[0].numel() == logits.numel()
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+UNSIGNED = [torch.uint8, torch.uint16, torch.uint32, torch.uint64]
+
+
+@pytest.mark.parametrize("dtype", [*UNSIGNED, torch.int8, torch.int16, torch.int32, torch.int64])
 def test_targets_of_any_integer_dtype(dtype: torch.dtype, device: torch.device) -> None:
     logits, target = draw(4, 9, None)
     expected = cot_kernels.complement_entropy(logits.to(device), target.to(device))
     assert torch.equal(cot_kernels.complement_entropy(logits.to(device), target.to(dtype).to(device)), expected)
+
+
+def test_an_ignore_index_beyond_the_targets_dtype_ignores_none(device: torch.device) -> None:
+    """261 wraps to 5 in int8: for the count of a mean, for compiled code and for second derivatives."""
+    logits, target = draw(6, 9, 1.0)
+    logits, target = logits.to(device), torch.tensor([5, 5, 1, 2, 3, 4], device=device)
+    small = target.to(torch.int8)
+    loss = partial(cot_kernels.cross_entropy, ignore_index=261)
+    expected = loss(logits, target)
+    assert torch.equal(loss(logits, small), expected)
+    torch.testing.assert_close(torch.compile(loss, backend="aot_eager", fullgraph=True)(logits, small), expected)
+    weight = torch.eye(9, dtype=logits.dtype, device=device)
+    linear = cot_kernels.linear_complement_cross_entropy(logits, weight, small, gamma=0.0, ignore_index=261)
+    torch.testing.assert_close(linear, expected)
+    leaf = logits.requires_grad_()
+    first = torch.autograd.grad(loss(leaf, small), leaf)[0]
+    second = torch.autograd.grad(loss(leaf, small), leaf, create_graph=True)[0]
+    torch.testing.assert_close(first, second)
 
 
 def test_bytes_as_targets_are_never_ignored_by_a_negative_index(device: torch.device) -> None:

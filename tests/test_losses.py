@@ -94,11 +94,35 @@ def test_saturated_rows(case: Case, value: float, device: torch.device) -> None:
     torch.testing.assert_close(gradient.cpu().double(), true_gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_an_eps_below_the_smallest_float_is_no_nan(device: torch.device) -> None:
-    logits = torch.tensor([[200.0, 0.0, 0.0]], device=device)
-    target = torch.tensor([0], device=device)
-    loss, gradient = gradient_of(cot_kernels.complement_entropy, logits, target, torch.ones(1), eps=1e-46)
-    assert bool(loss.isfinite().all()) and bool(gradient.isfinite().all())
+@pytest.mark.parametrize("eps", [1e-46, 9e-31])
+def test_an_eps_that_float32_cannot_divide_by_is_refused(eps: float) -> None:
+    """At 1e-35 the loss would not fade out as published: the quotient is beyond float32."""
+    logits, target = torch.tensor([[200.0, 0.0, 0.0]]), torch.tensor([0])
+    with pytest.raises(ValueError, match="eps must be 0 or at least 1e-30, got"):
+        cot_kernels.complement_entropy(logits, target, eps=eps)
+
+
+def test_the_smallest_eps_fades_the_loss_out(device: torch.device) -> None:
+    logits, target = draw(5, 10, 80.0)
+    true = complement_entropy(logits, target, eps=1e-30, reduction="none")
+    loss = cot_kernels.complement_entropy(logits.float().to(device), target.to(device), eps=1e-30, reduction="none")
+    torch.testing.assert_close(loss.cpu().double(), true, rtol=1e-4, atol=1e-7)
+
+
+def test_a_guide_that_overflows_is_infinite(device: torch.device) -> None:
+    logits, target = draw(3, 6, 1.0)
+    logits, target = logits.float().to(device), target.to(device)
+    loss = cot_kernels.guided_complement_entropy(logits, target, eps=1e30, alpha=3.0, reduction="none")
+    assert bool((loss == -torch.inf).all()) or bool(loss.isnan().all())
+
+
+def test_classes_at_the_floor_are_absent_from_an_empty_complement(device: torch.device) -> None:
+    logits = torch.tensor([[1.0, -1e30, -1e30], [1.0, -2e30, -torch.inf]], device=device).requires_grad_()
+    statistics = cot_kernels.complement_statistics(logits, torch.zeros(2, dtype=torch.int64, device=device))
+    assert statistics.complement_lse.tolist() == [-torch.inf] * 2 and statistics.negentropy.tolist() == [0.0] * 2
+    sums = [statistics.negentropy, statistics.complement_lse]
+    (gradient,) = torch.autograd.grad(sums, logits, [torch.ones_like(each) for each in sums])
+    assert gradient.abs().sum().item() == 0
 
 
 def test_equal_logits(device: torch.device) -> None:
@@ -177,8 +201,7 @@ def test_nan_and_positive_infinity_are_not_hidden(case: Case, device: torch.devi
     logits[1, 1:] = torch.nan
     logits[2, 4] = torch.inf
     loss, gradient = gradient_of(case.loss, logits.float().to(device), target.to(device), torch.ones(3))
-    if case.name != "cross_entropy":
-        assert bool(loss.isnan().all())
+    assert bool(loss.isnan().all())
     assert bool(gradient[0].isnan().any()) and bool(gradient[1].isnan().any()) and bool(gradient[2].isnan().any())
 
 

@@ -153,7 +153,9 @@ def _finish(shift: Tensor, total: Tensor, moment: Tensor, target_logit: Tensor) 
     empty = shift <= FLOOR
     log_total = total.masked_fill_(empty, 1).log()
     mean = moment.div_(total).masked_fill_(empty, 0)
-    return _Statistics(shift, total, mean, mean - log_total, (shift - target_logit).add_(log_total))
+    negentropy, log_odds = mean - log_total, (shift - target_logit).add_(log_total)
+    # A class of an empty complement has a weight of 0, whatever its logit.
+    return _Statistics(shift, total.masked_fill_(empty, torch.inf), mean, negentropy, log_odds)
 
 
 def _coefficients(total: Tensor, mean: Tensor, f_target: Tensor, f_lse: Tensor, f_negentropy: Tensor) -> Tensor:

@@ -90,8 +90,8 @@ def loss(
     logits, target = _readable(logits, target)
     dtype = accumulation_dtype(logits.dtype)
     whole = reduction == "none"
-    result = torch.empty(target.shape if whole else (), dtype=dtype)
-    state = torch.empty((4, *target.shape), dtype=dtype)
+    result = logits.new_empty(target.shape if whole else (), dtype=dtype)
+    state = logits.new_empty((4, *target.shape), dtype=dtype)
     _rows.loss(
         *_rows_of(logits, target, ignore_index),
         *_describe(objective),
@@ -106,7 +106,13 @@ def loss(
 def gradient(logits: Tensor, saved: Saved, upstream: Tensor) -> Tensor:
     """``upstream * dl/dz`` in the dtype and layout of the logits; ``upstream`` is one number, or one a row."""
     target, state = saved
-    logits, upstream = logits.resolve_neg(), upstream.resolve_neg()
+    dtypes = torch.int64, accumulation_dtype(logits.dtype), accumulation_dtype(logits.dtype)
+    if (target.dtype, state.dtype, upstream.dtype) != dtypes:
+        raise RuntimeError(
+            f"a backward pass needs target, state and upstream gradient in {', '.join(map(str, dtypes))}, got "
+            f"{target.dtype}, {state.dtype}, {upstream.dtype}: hooks on saved tensors must give back what they got"
+        )
+    logits, upstream, state = logits.resolve_neg(), upstream.resolve_neg(), state.contiguous()
     grad = torch.empty_like(logits)
     _rows.gradient(
         *_rows_of(logits, target, _NO_CLASS),
@@ -123,8 +129,8 @@ def statistics(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tenso
     """target_logit, complement_lse and negentropy in the shape of the target, 0 where ignored, and the saved rows."""
     logits, target = _readable(logits, target)
     dtype = accumulation_dtype(logits.dtype)
-    values = torch.empty((3, *target.shape), dtype=dtype)
-    state = torch.empty((3, *target.shape), dtype=dtype)
+    values = logits.new_empty((3, *target.shape), dtype=dtype)
+    state = logits.new_empty((3, *target.shape), dtype=dtype)
     _rows.statistics(*_rows_of(logits, target, ignore_index), values.data_ptr(), state.data_ptr())
     target_logit, complement_lse, negentropy = (value.clone() for value in values.unbind())  # the caller's to change
     return target_logit, complement_lse, negentropy, (_marked(target, logits.shape[1], ignore_index), state)
@@ -157,7 +163,7 @@ def value_and_gradient(
         upstream: (N), the derivative of a scalar by each row's loss; None where it is 1.
     """
     target = target.long()
-    values = torch.empty((3, *target.shape), dtype=accumulation_dtype(logits.dtype))
+    values = logits.new_empty((3, *target.shape), dtype=accumulation_dtype(logits.dtype))
     upstream = None if upstream is None else upstream.resolve_neg()
     _rows.value_and_gradient(
         *_rows_of(logits, target, ignore_index),

@@ -56,7 +56,7 @@ struct GradientJob {
   Strides at;
 };
 
-struct InPlaceJob {  // (N, K) alone
+struct InPlaceJob {  // (N, K) alone, whose rows are in one order however vectors lie
   Rows rows;
   Objective objective;
   const void* upstream;  // [N], or null for 1

@@ -82,7 +82,7 @@ template <class S> void run(const StatisticsJob& job, int64_t index) {
 template <class S> void run(const GradientJob& job, int64_t index) {
   typedef ComputedIn<S> T;
   const Block<S> block = Block<S>::of(job.rows, index);
-  Coefficients<T> c;
+  Coefficients<T> c{};
   take(job.state, 0, job.rows, block, c.shift);
   take(job.state, 1, job.rows, block, c.slope);
   take(job.state, 2, job.rows, block, c.offset);

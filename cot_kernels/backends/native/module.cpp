@@ -1,5 +1,5 @@
-// The Python module: addresses, shapes and strides in, rows of numbers out. backend.py is its only caller, and checks
-// what it passes; see _rows.pyi for the arguments.
+// The Python module: addresses, shapes and strides in, rows of numbers out. Its only caller is backend.py, which says
+// what is at the addresses; here it is only asked whether there is anything. See _rows.pyi for the arguments.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -38,6 +38,13 @@ struct Arguments {
   void* address() {
     PyObject* value = take();
     return value && !PyErr_Occurred() ? PyLong_AsVoidPtr(value) : nullptr;
+  }
+  // Of something to read or write, where there are numbers at all.
+  void* memory(bool needed) {
+    void* found = address();
+    if (needed && !found && !PyErr_Occurred())
+      PyErr_SetString(PyExc_RuntimeError, "a tensor has no memory to read from or to write to");
+    return found;
   }
   // A tuple, filled up.
   template <size_t most> std::array<int64_t, most> integers(int64_t filler = 0) {
@@ -78,9 +85,9 @@ Call call_of(Arguments& arguments) {
   call.threads = int(arguments.integer());
   const auto shape = arguments.integers<3>(1);
   rows.rows = shape[0], rows.classes = shape[1], rows.columns = shape[2];
-  rows.logits = arguments.address();
+  rows.logits = arguments.memory(rows.count() && rows.classes);
   rows.at = strides(arguments);
-  rows.target = static_cast<const int64_t*>(arguments.address());
+  rows.target = static_cast<const int64_t*>(arguments.memory(rows.count()));
   const auto of_target = arguments.integers<2>();
   rows.target_row = of_target[0], rows.target_column = of_target[1];
   rows.ignore_index = arguments.integer();
@@ -163,7 +170,7 @@ PyObject* loss(PyObject*, PyObject* const* given, Py_ssize_t count) {
   const Call call = call_of(arguments);
   cot::LossJob job{call.rows, objective_of(arguments), nullptr, nullptr, nullptr};
   const bool mean = arguments.integer();
-  job.state = arguments.address(), job.losses = arguments.address();
+  job.state = arguments.memory(call.rows.count()), job.losses = arguments.address();
   void* total = arguments.address();
   if (!arguments.complete()) return nullptr;
   Targets targets;
@@ -189,7 +196,7 @@ PyObject* statistics(PyObject*, PyObject* const* given, Py_ssize_t count) {
   Arguments arguments{given, given + count};
   const Call call = call_of(arguments);
   cot::StatisticsJob job{call.rows, nullptr, nullptr};
-  job.values = arguments.address(), job.state = arguments.address();
+  job.values = arguments.memory(call.rows.count()), job.state = arguments.memory(call.rows.count());
   if (!arguments.complete()) return nullptr;
   Targets targets;
   Py_BEGIN_ALLOW_THREADS;
@@ -204,10 +211,10 @@ PyObject* gradient(PyObject*, PyObject* const* given, Py_ssize_t count) {
   Arguments arguments{given, given + count};
   const Call call = call_of(arguments);
   cot::GradientJob job{call.rows, nullptr, nullptr, 0, 0, nullptr, {0, 0, 0}};
-  job.state = arguments.address(), job.upstream = arguments.address();
+  job.state = arguments.memory(call.rows.count()), job.upstream = arguments.memory(call.rows.count());
   const auto of_upstream = arguments.integers<2>();
   job.upstream_row = of_upstream[0], job.upstream_column = of_upstream[1];
-  job.grad = arguments.address();
+  job.grad = arguments.memory(call.rows.count() && call.rows.classes);
   job.at = strides(arguments);
   if (!arguments.complete()) return nullptr;
   if (call.over_columns) {
@@ -226,7 +233,7 @@ PyObject* value_and_gradient(PyObject*, PyObject* const* given, Py_ssize_t count
   cot::InPlaceJob job{call.rows, objective_of(arguments), nullptr, 0, false, nullptr};
   job.upstream = arguments.address(), job.upstream_row = arguments.integer();
   job.gradient = arguments.integer();
-  job.values = arguments.address();
+  job.values = arguments.memory(call.rows.count());
   if (!arguments.complete()) return nullptr;
   Targets targets;
   Py_BEGIN_ALLOW_THREADS;

@@ -32,7 +32,8 @@ COT_INLINE RowValues<T> guided_complement_entropy(T scale, T eps, T alpha, Vecto
   guided = choose<T>(guided == 0, splat<T>(1), guided);
   Vector<T> exponent = alpha * log<T>(guided);
   // guided^alpha, which for an alpha > 0 is nothing where guided is.
-  Vector<T> guide = choose<T>(exponent > 0, exp_within<T>(at_most<T>(exponent, -NEGLIGIBLE<T>)),
+  constexpr T INFINITE = sizeof(T) == 4 ? T(89) : T(710);  // exp of it is
+  Vector<T> guide = choose<T>(exponent > 0, exp_within<T>(at_most<T>(exponent, INFINITE)),
                               exp_of_negative<T>(exponent)) * scale;
   if (alpha > 0) guide = choose<T>(positive | (guided != guided), guide, Vector<T>{});
   Vector<T> ratio = choose<T>(positive, p * miss / guided, miss);

@@ -276,6 +276,8 @@ template <class T> COT_INLINE void finish_rows(const Objective& objective, Sums<
   to.log_odds = (sums.shift - target_logit) + log_total;
   to.lse = choose<T>(empty, splat<T>(-std::numeric_limits<T>::infinity()), sums.shift + log_total);
   to.values = evaluate<T>(objective, to.log_odds, to.negentropy);
+  // A class of an empty complement has a weight of 0, whatever its logit.
+  sums.total = choose<T>(empty, splat<T>(std::numeric_limits<T>::infinity()), sums.total);
   const Vector<T> slope = to.values.d_negentropy / sums.total;
   to.coefficients = {sums.shift, slope, to.values.d_log_odds / sums.total - slope * to.mean, -to.values.d_log_odds};
 }

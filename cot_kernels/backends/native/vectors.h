@@ -198,12 +198,12 @@ template <class T> COT_INLINE Vector<T> exp_of_negative(Vector<T> x) {
   return e.fraction * power_of_two<T>(half) * power_of_two<T>(e.power - half);
 }
 
-// ln x for 0 < x < infinity: x = 2^n f with f around 1, ln f = 2 artanh((f - 1) / (f + 1)) by its power series.
-template <class T> COT_INLINE Vector<T> log(Vector<T> x) {
+// ln x for x > 0, and NaN for NaN: x = 2^n f with f around 1, ln f = 2 artanh((f - 1) / (f + 1)) by its power series.
+template <class T> COT_INLINE Vector<T> log(Vector<T> given) {
   constexpr int MANTISSA = Lanes<T>::MANTISSA;
   constexpr T NORMAL = T(int64_t(1) << MANTISSA);  // a subnormal number times this is normal
-  Mask<T> small = x < std::numeric_limits<T>::min();
-  x = choose<T>(small, x * NORMAL, x);
+  Mask<T> small = given < std::numeric_limits<T>::min();
+  Vector<T> x = choose<T>(small, given * NORMAL, given);
   const typename Lanes<T>::Integer root = bits_of<typename Lanes<T>::Integer>(T(0.70710678118654752440));
   Mask<T> bits = bits_of<Mask<T>>(x);
   Mask<T> power = (bits - root) >> MANTISSA;
@@ -216,7 +216,7 @@ template <class T> COT_INLINE Vector<T> log(Vector<T> x) {
   series *= square * y;
   constexpr T HIGH = sizeof(T) == 4 ? T(0x1.62e4p-1) : T(0x1.62e42feep-1);
   constexpr T LOW = sizeof(T) == 4 ? T(0x1.7f7d1cf79abcap-20) : T(0x1.a39ef35793c76p-33);
-  return n * HIGH + ((series + n * LOW) + 2 * y);
+  return choose<T>(given < std::numeric_limits<T>::infinity(), n * HIGH + ((series + n * LOW) + 2 * y), given);
 }
 
 // ln(1 + x) for 0 <= x <= 1: what 1 + x rounds off is made good by the quotient.

@@ -168,6 +168,7 @@ def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None
     """
     target, state, factor = saved
     assert target is not None and state is not None
+    target, state = target.contiguous(), state.contiguous()  # hooks on saved tensors may have changed how they lie
     logits = logits.resolve_neg()
     grad = torch.empty_like(logits) if grad is None else grad
     if not grad.numel():
@@ -302,7 +303,7 @@ def row_loss(logits: Tensor, target: Tensor, ignore_index: int, objective: Objec
 
 
 def row_loss_gradient(logits: Tensor, target: Tensor, ignore_index: int, state: Tensor, upstream: Tensor) -> Tensor:
-    return gradient(logits, (target.contiguous(), state.contiguous(), None), upstream)
+    return gradient(logits, (target, state, None), upstream)
 
 
 def row_statistics(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -325,4 +326,4 @@ def row_statistics_gradient(
 ) -> Tensor:
     state = state.flatten(1)
     coefficients = _coefficients(state, state[2], d_target_logit, d_complement_lse, d_negentropy)
-    return gradient(logits, (target.contiguous(), coefficients, None), coefficients.new_ones(()))
+    return gradient(logits, (target, coefficients, None), coefficients.new_ones(()))

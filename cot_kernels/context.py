@@ -1,0 +1,50 @@
+"""Where a call happens: within a transform, a trace or forward mode, where kernels cannot be called as they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def transformed() -> bool:
+    """Within a transform of torch.func; as torch.autograd.Function.apply asks."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def traced() -> bool:
+    """Under torch.jit.trace, fake tensors, make_fx or functionalization, which what a kernel does would escape."""
+    if torch._C._get_tracing_state():
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    keys = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(key) for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
+
+
+def in_forward_mode() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def plain(tensor: Tensor) -> bool:
+    """Of no subclass whose operations mean something else."""
+    return type(tensor) in _PLAIN
+
+
+def readable(upstream: Tensor) -> bool:
+    """Whether a kernel can read what reaches a backward pass.
+
+    It may run in a transform or a trace that its forward pass knew nothing of, for a batch of gradients
+    (is_grads_batched=True), or for zeros that have no memory.
+    """
+    functorch = torch._C._functorch
+    return (
+        plain(upstream)
+        and not functorch.is_functorch_wrapped_tensor(upstream)
+        and not functorch.is_legacy_batchedtensor(upstream)
+        and not upstream._is_zerotensor()
+        and not in_forward_mode()
+        and not traced()
+    )
