@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.arguments import device_argument, duration, output_file, thread_count
-from benchmarks.cases import DTYPES, PARTS, Case
+from benchmarks.cases import DTYPES, GPU_PARTS, PARTS, Case
 from benchmarks.environment import environment
 from benchmarks.progress import progress
 from benchmarks.providers import PROVIDERS
@@ -42,7 +42,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--provider", choices=names, action="append", help="only this one (may be repeated)")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="only this one (may be repeated)")
     parser.add_argument("--threads", type=thread_count, default=2, help="of PyTorch on the CPU")
-    parser.add_argument("--minutes", type=duration, help=f"start nothing after this long; on a GPU {GPU_MINUTES:g}")
+    parser.add_argument(
+        "--minutes", type=duration, help=f"start nothing after this long; on a GPU {GPU_MINUTES:g} a part"
+    )
     return parser.parse_args(arguments)
 
 
@@ -51,7 +53,7 @@ def cases_of(part: str, quick: bool, on_gpu: bool) -> tuple[Case, ...]:
         return PARTS["quick"]
     if part != "all":
         return PARTS[part]
-    return PARTS["small"] + PARTS["widths"] + PARTS["tokens"] if on_gpu else PARTS["cpu"]
+    return sum((PARTS[each] for each in GPU_PARTS), ()) if on_gpu else PARTS["cpu"]
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -59,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     device: torch.device = options.device
     on_gpu = device.type == "cuda"
-    minutes = options.minutes if options.minutes is not None else GPU_MINUTES if on_gpu else math.inf
+    parts = len(GPU_PARTS) if options.part == "all" else 1
+    minutes = options.minutes if options.minutes is not None else parts * GPU_MINUTES if on_gpu else math.inf
     settings = Settings(
         device,
         seconds=0.005 if options.quick else 0.1 if on_gpu else 0.7,

@@ -39,6 +39,7 @@ class Case:
         return self.rows * self.classes * dtype.itemsize
 
 
+GPU_PARTS = ("small", "widths", "tokens")
 VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
 
 PARTS: dict[str, tuple[Case, ...]] = {

@@ -29,7 +29,7 @@ from benchmarks import timing
 from benchmarks.arguments import at_least_one, device_argument, duration, output_file, thread_count
 from benchmarks.environment import environment
 from benchmarks.progress import progress
-from benchmarks.runner import message_of
+from benchmarks.runner import LATE, message_of
 from cot_kernels import reference
 
 Shape: TypeAlias = tuple[int, int, int]  # rows, features, classes
@@ -45,7 +45,6 @@ GPU_SHAPES: tuple[Shape, ...] = (
 PRODUCTS = "three products"
 ROUNDS = 5
 GPU_MINUTES = 9.0
-LATE = "out of time"
 CHECKED_ROWS = 64
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 

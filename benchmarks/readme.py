@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import goals
+from benchmarks.cases import GPU_PARTS
 from examples.demo import markdown_table
 
 ROOT = Path(__file__).parents[1]
 CPU_RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 ATEN_RESULTS = ROOT / "benchmarks" / "results" / "cpu_aten.json"  # built without a compiler
-GPU_RESULTS = [ROOT / "benchmarks" / "results" / f"gpu_{part}.json" for part in ("small", "widths", "tokens")]
+GPU_RESULTS = [ROOT / "benchmarks" / "results" / f"gpu_{part}.json" for part in GPU_PARTS]
 STARTUP_RESULTS = ROOT / "benchmarks" / "results" / "startup.json"
 DISPATCH_RESULTS = ROOT / "benchmarks" / "results" / "dispatch.json"
 LINEAR_RESULTS = ROOT / "benchmarks" / "results" / "linear.json"

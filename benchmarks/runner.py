@@ -20,6 +20,7 @@ from benchmarks.providers import Loss, Provider
 # Never 1 alone: some implementations form the gradient for an upstream of 1 and pay when it is another.
 UPSTREAMS = (1.0, 0.37)
 COPY = "copy"
+LATE = "out of time"
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ class CaseRun:
         if provider.rows_only and self.case.trailing:
             return self.row(provider.name, "both", status="skipped", message="takes (N, K) logits alone")
         if time.monotonic() > self.settings.deadline:
-            return self.row(provider.name, "both", status="skipped", message="out of time")
+            return self.row(provider.name, "both", status="skipped", message=LATE)
         estimate = (provider.tensors + 1) * self.size
         if estimate > free_bytes(self.settings.device):
             text = f"would need about {estimate / 1e9:.0f} GB of memory"
@@ -249,7 +250,7 @@ class CaseRun:
             )
             try:
                 if late:
-                    raise TimeoutError("out of time")
+                    raise TimeoutError(LATE)
                 if measurement.graph:
                     times[name] = timing.graph_times(make, len(self.buffers), self.settings.seconds)
                     continue
@@ -335,6 +336,11 @@ def run(
     report = {"missing": absent, "copy_bandwidth": copy, "results": rows}
     for case in cases:
         for dtype in dtypes:
+            if time.monotonic() > settings.deadline:
+                late: dict[str, Any] = {"dtype": dtype, "status": "skipped", "message": LATE, **about(case)}
+                rows.append(Row(COPY, mode=COPY, **late))
+                rows.extend(Row(provider.name, mode="both", **late) for provider in present)
+                continue
             try:
                 # A compiled backward pass must be able to run again on what its forward pass saved.
                 with torch._functorch.config.patch(donated_buffer=False):

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from benchmarks import correctness, timing
-from benchmarks.cases import PARTS, Case
+from benchmarks.cases import GPU_PARTS, PARTS, Case
 from benchmarks.providers import PROVIDERS, Provider
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-CASES = PARTS["small"] + PARTS["tokens"] if DEVICE.type == "cuda" else PARTS["cpu"]
+CASES = [case for part in (GPU_PARTS if DEVICE.type == "cuda" else ("cpu",)) for case in PARTS[part]]
 
 
 @pytest.mark.parametrize("provider", [each for each in PROVIDERS if "compiled" not in each.name], ids=lambda p: p.name)

@@ -320,10 +320,53 @@ def test_linear_losses_are_measured_and_checked(capsys: pytest.CaptureFixture[st
     assert all(row["error"] < 1e-5 and row["times"] > 0 for row in ours)
 
 
+def test_nothing_is_started_after_the_deadline() -> None:
+    settings = dataclasses.replace(SETTINGS, deadline=0.0)
+    found = runner.run([CASE], ["fp32"], [provider(F.cross_entropy)], settings, lambda _: None, lambda _: None)
+    assert [(row.provider, row.status, row.message) for row in found["results"]] == [
+        (runner.COPY, "skipped", runner.LATE),
+        ("measured", "skipped", runner.LATE),
+    ]
+
+
 def test_linear_losses_after_the_deadline_are_skipped() -> None:
     rows = linear.measure((16, 8, 50), CPU, threads=1, rounds=1, seconds=0.0, deadline=0.0)
     assert [row["provider"] for row in rows] == [linear.PRODUCTS, *linear.PROVIDERS]
     assert {row["status"] for row in rows} == {"skipped"} and {row["message"] for row in rows} == {linear.LATE}
+
+
+def test_a_linear_loss_that_fails_late_costs_its_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+
+    def late(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 2:
+            raise torch.OutOfMemoryError("late")
+        return F.cross_entropy(F.linear(input, weight), target)
+
+    monkeypatch.setattr(linear, "PROVIDERS", {"late": (lambda: late, F.cross_entropy, False)})
+    monkeypatch.setattr(linear, "cpu_peak", lambda *_: 0)
+    monkeypatch.setattr(linear.multiprocessing, "get_context", lambda _: Inline())
+    products, row = linear.measure((16, 8, 50), CPU, threads=1, rounds=2, seconds=0.0)
+    assert (row["status"], row["message"]) == ("failed", "OutOfMemoryError: late")
+    assert products["times"] == 1
+
+
+class Inline:
+    """A pool of processes that is this one."""
+
+    def Pool(self, _: int) -> Inline:  # noqa: N802
+        return self
+
+    def __enter__(self) -> Inline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def apply(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        return function(*arguments)
 
 
 def test_a_wrong_linear_loss_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

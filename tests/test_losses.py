@@ -113,7 +113,7 @@ def test_a_guide_that_overflows_is_infinite(device: torch.device) -> None:
     logits, target = draw(3, 6, 1.0)
     logits, target = logits.float().to(device), target.to(device)
     loss = cot_kernels.guided_complement_entropy(logits, target, eps=1e30, alpha=3.0, reduction="none")
-    assert bool((loss == -torch.inf).all()) or bool(loss.isnan().all())
+    assert not bool(loss.isfinite().any())
 
 
 def test_classes_at_the_floor_are_absent_from_an_empty_complement(device: torch.device) -> None:
