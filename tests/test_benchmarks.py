@@ -356,7 +356,7 @@ def test_a_linear_loss_that_fails_late_costs_its_own_row(monkeypatch: pytest.Mon
 class Inline:
     """A pool of processes that is this one."""
 
-    def Pool(self, _: int) -> Inline:  # noqa: N802
+    def Pool(self, _: int) -> Inline:
         return self
 
     def __enter__(self) -> Inline:
