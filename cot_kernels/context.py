@@ -39,12 +39,11 @@ def readable(upstream: Tensor) -> bool:
     It may run in a transform or a trace that its forward pass knew nothing of, for a batch of gradients
     (is_grads_batched=True), or for zeros that have no memory.
     """
-    functorch = torch._C._functorch
     return (
-        plain(upstream)
-        and not functorch.is_functorch_wrapped_tensor(upstream)
-        and not functorch.is_legacy_batchedtensor(upstream)
+        type(upstream) in _PLAIN
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._functorch.is_legacy_batchedtensor(upstream)
         and not upstream._is_zerotensor()
-        and not in_forward_mode()
+        and forward_ad._current_level < 0
         and not traced()
     )

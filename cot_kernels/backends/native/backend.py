@@ -106,10 +106,10 @@ def loss(
 def gradient(logits: Tensor, saved: Saved, upstream: Tensor) -> Tensor:
     """``upstream * dl/dz`` in the dtype and layout of the logits; ``upstream`` is one number, or one a row."""
     target, state = saved
-    dtypes = torch.int64, accumulation_dtype(logits.dtype), accumulation_dtype(logits.dtype)
-    if (target.dtype, state.dtype, upstream.dtype) != dtypes:
+    dtype = accumulation_dtype(logits.dtype)
+    if not (target.dtype is torch.int64 and state.dtype is upstream.dtype is dtype):
         raise RuntimeError(
-            f"a backward pass needs target, state and upstream gradient in {', '.join(map(str, dtypes))}, got "
+            f"a backward pass needs target, state and upstream gradient in {torch.int64}, {dtype}, {dtype}, got "
             f"{target.dtype}, {state.dtype}, {upstream.dtype}: hooks on saved tensors must give back what they got"
         )
     logits, upstream, state = logits.resolve_neg(), upstream.resolve_neg(), state.contiguous()
