@@ -12,7 +12,7 @@
 namespace {
 
 // Logits of at least so many numbers are worth a second thread.
-constexpr int64_t SHARED_NUMBERS = 1 << 15;
+constexpr int64_t SHARED_NUMBERS = 1 << 13;
 
 const std::vector<const cot::Level*> LEVELS = cot::levels_of_processor();
 const cot::Level* level = LEVELS.back();
