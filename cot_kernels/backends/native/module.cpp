@@ -125,7 +125,10 @@ void work(cot::Job kind, const Call& call, const void* job) {
   const cot::Rows& rows = call.rows;
   if (!rows.blocks) return;
   const int64_t numbers = rows.count() * rows.classes, of_block = numbers / rows.blocks;
-  const int64_t grain = 1 + SHARED_NUMBERS / 4 / (of_block > 0 ? of_block : 1);
+  // A few turns a thread: threads that write side by side wait for each other where memory is touched for the first time.
+  const int64_t turns = 4 * (call.threads > 0 ? call.threads : 1);
+  const int64_t least = 1 + SHARED_NUMBERS / 4 / (of_block > 0 ? of_block : 1);
+  const int64_t grain = rows.blocks / turns > least ? rows.blocks / turns : least;
   cot::share(level->work[kind][call.dtype], job, rows.blocks, grain, numbers < SHARED_NUMBERS ? 1 : call.threads);
 }
 
