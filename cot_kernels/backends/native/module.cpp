@@ -166,6 +166,17 @@ PyObject* refuse(const Call& call, int64_t target) {
                       static_cast<long long>(call.rows.classes), static_cast<long long>(call.rows.ignore_index));
 }
 
+// The job, if each target is a class or ignored.
+PyObject* checked(cot::Job kind, const Call& call, const void* job) {
+  Targets targets;
+  Py_BEGIN_ALLOW_THREADS;
+  targets = look(call.rows);
+  if (!targets.wrong) work(kind, call, job);
+  Py_END_ALLOW_THREADS;
+  if (targets.wrong) return refuse(call, targets.value);
+  Py_RETURN_NONE;
+}
+
 template <class T> void put_total(void* to, double value) { *static_cast<T*>(to) = T(value); }
 
 PyObject* loss(PyObject*, PyObject* const* given, Py_ssize_t count) {
@@ -201,13 +212,7 @@ PyObject* statistics(PyObject*, PyObject* const* given, Py_ssize_t count) {
   cot::StatisticsJob job{call.rows, nullptr, nullptr};
   job.values = arguments.memory(call.rows.count()), job.state = arguments.memory(call.rows.count());
   if (!arguments.complete()) return nullptr;
-  Targets targets;
-  Py_BEGIN_ALLOW_THREADS;
-  targets = look(call.rows);
-  if (!targets.wrong) work(cot::STATISTICS, call, &job);
-  Py_END_ALLOW_THREADS;
-  if (targets.wrong) return refuse(call, targets.value);
-  Py_RETURN_NONE;
+  return checked(cot::STATISTICS, call, &job);
 }
 
 PyObject* gradient(PyObject*, PyObject* const* given, Py_ssize_t count) {
@@ -238,13 +243,7 @@ PyObject* value_and_gradient(PyObject*, PyObject* const* given, Py_ssize_t count
   job.gradient = arguments.integer();
   job.values = arguments.memory(call.rows.count());
   if (!arguments.complete()) return nullptr;
-  Targets targets;
-  Py_BEGIN_ALLOW_THREADS;
-  targets = look(call.rows);
-  if (!targets.wrong) work(cot::IN_PLACE, call, &job);
-  Py_END_ALLOW_THREADS;
-  if (targets.wrong) return refuse(call, targets.value);
-  Py_RETURN_NONE;
+  return checked(cot::IN_PLACE, call, &job);
 }
 
 PyObject* levels(PyObject*, PyObject*) {
