@@ -30,7 +30,7 @@ from cot_kernels.backends.triton import statistics
 
 # The kernels whose work grows with the classes, and how often they move a logit from or to device memory: reading it,
 # reading it and writing its gradient. The second read of value_and_gradient is from the L2 cache.
-MOVED = {"statistics": 1, "gradient": 2, "value_and_gradient": 2}
+MOVED = {"statistics": 1, "split": 1, "gradient": 2, "value_and_gradient": 2}
 STREAMING = tuple(MOVED)
 
 
@@ -40,7 +40,6 @@ class Report:
 
     case: Case  # the first that launches it
     kernel: str
-    split: bool
     hash: str  # Triton's, of all that was compiled
     wide_access_promised: bool
     registers: int
@@ -52,6 +51,7 @@ class Report:
     narrow_offsets: int  # products of the number of rows in 32 bits
     loop_per_logit: float | None = None  # instructions of a turn on the usual way, see :mod:`.machine_code`
     loop_special_per_logit: float | None = None  # of them by the special function unit
+    a_row: int | None = None  # of a program that takes rows in turn: instructions of a thread a row, beside the tiles
     once: int | None = None  # instructions of a thread beside the turns: entry, reduction, objective, exit
     executed_per_logit: float | None = None  # of turns and of what is once, over the logits of the rows
     off_path: int | None = None  # instructions of the kernel beside these: the target's tile, the ends of a row
@@ -110,26 +110,30 @@ def work_of(case: Case, launch: Launch, program: Program, registers: int) -> dic
         return found  # exp2 of a float64 is a subroutine
     threads = TARGETS[target].warp_size * warps
     twice = launch.kernel == "value_and_gradient"
+    rows = given.get("ROWS", 1)
     block = given["BLOCK"] if launch.kernel == "gradient" else given["LANES"] * given["VEC"]
-    held = given["ROWS"] * block // threads  # places of a tile, a thread
-    path = program.usual_path(held, loops=1 + twice)
-    overhang = given["ALIGN"] - 1 if given["LONG"] else given["VEC"] - 1 if given["HEADS"] else 0
-    tiles = -(-(case.classes + overhang) // block)
-    turns = given["turns"] if launch.kernel == "gradient" else -(-tiles // given.get("splits", 1))
-    logits = given["ROWS"] * case.classes * turns / tiles / threads  # of rows, without what fills their last tile
-    executed = (path.once + turns * path.turn) / logits
-    special = (path.once_special + turns * path.turn_special) / logits
+    held = rows * block // threads  # places of a tile, a thread
+    nested = launch.kernel == "statistics" and given["LONG"] and given["TURNS"] > 1
+    path = program.usual_path(held, loops=1 + twice, nested=nested)
+    overhang = given["VEC"] - 1 if given.get("HEADS", given["ALIGN"] > 1) else 0
+    row_tiles = -(-(case.classes + overhang) // block)
+    tiles = given["turns"] if launch.kernel == "gradient" else -(-row_tiles // given.get("splits", 1))
+    turns = given["turns"] if launch.kernel == "statistics" else 1  # of rows
+    logits = turns * rows * case.classes * tiles / row_tiles / threads  # of rows, without what fills their last tile
+    executed = (path.once + turns * ((path.around or 0) + tiles * path.turn)) / logits
+    special = (path.once_special + turns * (path.around_special + tiles * path.turn_special)) / logits
     moved, in_flight = itemsize * MOVED[launch.kernel], programs * threads * held * itemsize
     return found | {
         "loop_per_logit": round(path.turn / held, 2),
         "loop_special_per_logit": round(path.turn_special / held, 2),
+        "a_row": path.around,
         "once": path.once,
         "executed_per_logit": round(executed, 2),
-        "off_path": len(program.instructions) - path.turn - path.once,
+        "off_path": len(program.instructions) - path.turn - (path.around or 0) - path.once,
         "bytes_in_flight": in_flight,
         "bytes_per_logit": moved,
         "predicted": tuple(
-            predict(gpu, moved, turns * held * itemsize / logits / in_flight, twice, executed, special)
+            predict(gpu, moved, turns * tiles * held * itemsize / logits / in_flight, twice, executed, special)
             for gpu in GPUS
             if gpu.target == target
         ),
@@ -138,7 +142,9 @@ def work_of(case: Case, launch: Launch, program: Program, registers: int) -> dic
 
 def promises_wide_access(case: Case, launch: Launch) -> bool:
     given = launch.arguments
-    return launch.kernel in STREAMING and (given["ALIGN"] > 1 or given["HEADS"] or case.layout == "class-major")
+    return launch.kernel in STREAMING and (
+        given["ALIGN"] > 1 or given.get("HEADS", False) or case.layout == "class-major"
+    )
 
 
 _seen: set[tuple[str, int, str]] = set()
@@ -157,7 +163,7 @@ def report_on(case: Case) -> list[Report]:
 
 def _read(case: Case, launch: Launch) -> Report:
     compiled = launch.compiled
-    identity = (case, launch.kernel, bool(launch.arguments.get("SPLIT")), compiled.hash)
+    identity = (case, launch.kernel, compiled.hash)
     promised = promises_wide_access(case, launch)
     narrow_offsets = len(re.findall(r"arith\.muli %num_rows[^:]*: i32", compiled.asm["ttir"]))
     if case.target.startswith("gfx"):

@@ -38,7 +38,8 @@ OBJECTIVES: dict[str, Objective] = {
     "guided_complement_entropy": GuidedComplementEntropyObjective(1.0, 1e-7, 0.2),
     "cross_entropy": CrossEntropyObjective(1.0, -0.5),
 }
-MANY, FEW = 8192, 64  # rows; of so few long ones, several programs share one
+LOGITS = 2**28  # where rows are many: the size from which on memory is what a loss is held against
+FEW = 64  # rows: of so few long ones, several programs share one
 
 # How the logits lie. Rows of up to 1,024 classes share a program; longer ones have one, or several, to themselves.
 Layout: TypeAlias = Literal[
@@ -79,7 +80,11 @@ class Case:
     dtype: str
     target: str
     objective: str
-    rows: int = MANY
+    few: bool = False  # rows
+
+    @property
+    def rows(self) -> int:
+        return FEW if self.few else -(-LOGITS // self.classes // 16) * 16
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def cases(target: str) -> Iterator[Case]:
                 if layout in ("short", "short, odd", "long", "long, odd"):
                     yield Case("in place", layout, classes, dtype, target, "cross_entropy")
         for layout in ("long", "long, odd"):
-            yield Case("mean", layout, CLASSES[layout][-1], dtype, target, "complement_entropy", FEW)
+            yield Case("mean", layout, CLASSES[layout][-1], dtype, target, "complement_entropy", few=True)
         if dtype in ("bf16", "fp64"):
             yield from _calls(dtype, target)
 
@@ -117,11 +122,11 @@ def _calls(dtype: str, target: str) -> Iterator[Case]:
         for usual in (
             Case("mean", "short", short, dtype, target, objective),
             Case("mean", "long", long, dtype, target, objective),
-            Case("mean", "long", long, dtype, target, objective, FEW),
+            Case("mean", "long", long, dtype, target, objective, few=True),
         ):
             yield usual
             yield replace(usual, call="none")
-            if usual.rows == MANY:
+            if not usual.few:
                 yield replace(usual, call="in place")
                 yield replace(usual, call="in place, upstream")
     for usual in (
@@ -129,7 +134,7 @@ def _calls(dtype: str, target: str) -> Iterator[Case]:
         Case("statistics", "long", long, dtype, target, "complement_entropy"),
     ):
         yield from (usual, replace(usual, call="sum"), replace(usual, call="values"))
-    yield Case("statistics", "long", long, dtype, target, "complement_entropy", FEW)
+    yield Case("statistics", "long", long, dtype, target, "complement_entropy", few=True)
 
 
 def _logits(case: Case) -> Tensor:
@@ -194,8 +199,14 @@ class _Compiling:
 
 
 _KERNELS = (
-    "statistics_kernel", "merge_kernel", "fold_kernel", "reduce_kernel", "gradient_kernel", "value_and_gradient_kernel",
-)  # fmt: skip
+    "statistics_kernel",
+    "split_kernel",
+    "merge_kernel",
+    "fold_kernel",
+    "reduce_kernel",
+    "gradient_kernel",
+    "value_and_gradient_kernel",
+)
 
 
 def launches(case: Case) -> list[Launch]:

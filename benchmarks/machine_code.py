@@ -6,8 +6,13 @@ exponentials, the one with the fewest instructions. The tile of the target and t
 
 from __future__ import annotations
 
+import functools
+import heapq
 import re
 from dataclasses import dataclass
+from typing import TypeAlias
+
+Cost: TypeAlias = tuple[int, int]  # instructions, and of them special functions
 
 
 @dataclass(frozen=True)
@@ -16,6 +21,7 @@ class Instruction:
 
     exponential: bool = False
     special: bool = False  # by the special function unit; on AMD, a transcendental one
+    exchange: bool = False  # between the threads of a warp
     jumps: str | None = None
     leaves: bool = False
     goes_on: bool = True
@@ -23,12 +29,30 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Path:
-    """What one thread executes: in a turn of the main loop, or loops, and once beside them."""
+    """What one thread executes: in a turn of the main loop, or loops, in a turn of the loop around it, and once.
+
+    Nothing is counted twice: ``around`` is what a turn of the outer loop takes beside the main loop, and ``once`` what
+    lies beside both. Without an outer loop ``around`` is None.
+    """
 
     turn: int
     turn_special: int
     once: int
     once_special: int
+    around: int | None = None
+    around_special: int = 0
+
+
+@dataclass(frozen=True)
+class Block:
+    """Instructions that are executed one after the other, and the blocks that may come next."""
+
+    length: int
+    special: int
+    exponentials: int
+    exchanges: bool
+    leaves: bool
+    onward: list[int]
 
 
 @dataclass(frozen=True)
@@ -36,63 +60,82 @@ class Program:
     instructions: list[Instruction]
     labels: dict[str, int]  # to the index of the next instruction
 
-    def successors(self, index: int) -> list[int]:
-        """Where a thread may go next; nowhere after its exit."""
-        at = self.instructions[index]
-        onward = [] if at.jumps is None else [self.labels[at.jumps]]
-        return [*onward, index + 1] if at.goes_on and index + 1 < len(self.instructions) else onward
+    @functools.cached_property
+    def blocks(self) -> list[Block]:
+        whole = self.instructions
+        ends = {index + 1 for index, at in enumerate(whole) if at.jumps or at.leaves or not at.goes_on}
+        starts = sorted({0, *ends, *self.labels.values()} - {len(whole)})
+        number = {start: block for block, start in enumerate(starts)}
+        found = []
+        for start, end in zip(starts, [*starts[1:], len(whole)], strict=True):
+            held, last = whole[start:end], whole[end - 1]
+            onward = [] if last.jumps is None else [number[self.labels[last.jumps]]]
+            if last.goes_on and end < len(whole):
+                onward.append(number[end])
+            special, exponentials = sum(at.special for at in held), sum(at.exponential for at in held)
+            exchanges = any(at.exchange for at in held)
+            found.append(Block(end - start, special, exponentials, exchanges, last.leaves, onward))
+        return found
 
-    def shortest(self, start: int, end: int | None, exponentials: int) -> tuple[int, int] | None:
-        """Instructions and special functions on the shortest way without turning back that computes ``exponentials``.
+    def shortest(
+        self, start: int, end: int | None, exponentials: int, exchange: bool = False, back: bool = False
+    ) -> Cost | None:
+        """Instructions and special functions on the shortest way that computes ``exponentials``.
 
-        From ``start`` up to and with ``end``, or where that is None to an exit.
+        From the block ``start`` up to and with ``end``, or where that is None to an exit; with an ``exchange`` between
+        threads where one is asked for; without turning back unless ``back``.
         """
-        best: dict[int, dict[int, tuple[int, int]]] = {start: {0: (0, 0)}}
-        arrived: list[tuple[int, int]] = []
-        for index in range(start, len(self.instructions) if end is None else end + 1):
-            at = self.instructions[index]
-            onward = self.successors(index)
-            for counted, (length, special) in best.pop(index, {}).items():
-                state = (length + 1, special + at.special)
-                now = min(exponentials, counted + at.exponential)
-                leaves = index == end or (end is None and at.leaves)
-                if leaves and now == exponentials:
-                    arrived.append(state)
-                for after in onward:
-                    if after > index:
-                        ways = best.setdefault(after, {})
-                        ways[now] = min(ways.get(now, state), state)
-        return min(arrived, default=None)
+        ways: list[tuple[int, int, int, int, bool]] = [(0, 0, start, exponentials, exchange)]
+        seen: set[tuple[int, int, bool]] = set()
+        while ways:
+            length, special, at, missing, wanting = heapq.heappop(ways)
+            if (at, missing, wanting) in seen:
+                continue
+            seen.add((at, missing, wanting))
+            block = self.blocks[at]
+            length, special = length + block.length, special + block.special
+            missing, wanting = max(0, missing - block.exponentials), wanting and not block.exchanges
+            if not missing and not wanting and (at == end if end is not None else block.leaves):
+                return length, special
+            if at != end:
+                for after in block.onward:
+                    if back or after > at:
+                        heapq.heappush(ways, (length, special, after, missing, wanting))
+        return None
 
-    def usual_path(self, elements: int, loops: int = 1) -> Path:
+    def turns(self, exponentials: int, exchange: bool = False, back: bool = False) -> list[tuple[Cost, int, int]]:
+        """What the shortest way takes around each loop that computes ``exponentials``: cost, first block and last."""
+        return sorted(
+            (found, first, last)
+            for last, block in enumerate(self.blocks)
+            for first in block.onward
+            if first <= last and (found := self.shortest(first, last, exponentials, exchange, back))
+        )
+
+    def usual_path(self, elements: int, loops: int = 1, nested: bool = False) -> Path:
         """The usual way through a tile of which a thread computes ``elements`` logits, in each of ``loops`` in turn.
 
-        Without a loop, from entry to exit, all counts as one turn.
+        Where ``nested``, the one loop lies in another, in which threads exchange what they found. Without a loop, from
+        entry to exit, all counts as one turn.
         """
-        turns = [
-            (found, target, index)
-            for index in range(len(self.instructions))
-            for target in self.successors(index)
-            if target < index and (found := self.shortest(target, index, elements))
-        ]
-        apart: list[tuple[tuple[int, int], int, int]] = []
-        for turn in sorted(turns):
+        apart: list[tuple[Cost, int, int]] = []
+        for turn in self.turns(elements):
             if all(turn[1] > last or turn[2] < first for _, first, last in apart):
                 apart.append(turn)
-        whole = self.shortest(0, None, elements * loops)
+        # A loop whose turn begins before its head is entered by turning back.
+        whole = self.shortest(0, None, elements * loops) or self.shortest(0, None, elements * loops, back=True)
+        if whole is None:
+            raise ValueError(f"no way through the kernel computes {elements * loops} exponentials")
         if not apart:
-            if whole is None:
-                raise ValueError(f"no way through the kernel computes {elements * loops} exponentials")
             return Path(*whole, 0, 0)
         if len(apart) < loops:
             raise ValueError(f"{len(apart)} loops of the kernel compute {elements} exponentials, not {loops}")
         length, special = (sum(found[at] for found, *_ in apart[:loops]) for at in (0, 1))
-        if whole is not None:
+        if not nested:
             return Path(length, special, whole[0] - length, whole[1] - special)
-        # A turn begins before the head of its loop: in its place the way of a row without tiles.
-        beside = self.shortest(0, None, 0)
-        assert beside is not None
-        return Path(length, special, *beside)
+        outer, *_ = self.turns(elements, exchange=True, back=True)[0]
+        beside = (whole[0] - outer[0], whole[1] - outer[1])
+        return Path(length, special, *beside, outer[0] - length, outer[1] - special)
 
 
 _SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
@@ -109,12 +152,14 @@ def parse_sass(text: str) -> Program:
         elif found := _SASS.search(line):
             predicate, operation, operands = found[1], found[2], found[3].strip()
             name = operation.split(".")[0]
-            jumps = re.findall(r"\.L_x_\d+", operands)[-1] if name == "BRA" else None
+            # A call of a place within the kernel is a jump; that of a function comes back.
+            places = re.findall(r"\.L_x_\d+", operands) if name in ("BRA", "CALL") else []
+            jumps = places[-1] if places else None
             conditional = predicate is not None or operands.startswith(("UP", "!UP", "UR"))
             instructions.append(
                 Instruction(
-                    operation == "MUFU.EX2", name == "MUFU", jumps, name == "EXIT",
-                    goes_on=conditional or name not in ("BRA", "EXIT"),
+                    operation == "MUFU.EX2", name == "MUFU", name == "SHFL", jumps, name == "EXIT",
+                    goes_on=conditional or not (places or name == "EXIT"),
                 )
             )  # fmt: skip
     return Program(instructions, labels)
@@ -122,6 +167,7 @@ def parse_sass(text: str) -> Program:
 
 _GCN_LABEL = re.compile(r"(\.LBB\d+_\d+):")
 _GCN = re.compile(r"\s+((?:s|v|ds|global|buffer|flat|scratch)_\w+)\s*([^;]*)")
+_EXCHANGE = re.compile(r"dpp|row_|quad_perm|ds_bpermute|ds_swizzle|permlane|readlane")
 _TRANSCENDENTAL = re.compile(r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_")
 
 
@@ -139,6 +185,7 @@ def parse_gcn(text: str) -> Program:
                 Instruction(
                     operation.startswith("v_exp_"),
                     bool(_TRANSCENDENTAL.match(operation)),
+                    bool(_EXCHANGE.search(f"{operation} {operands}")),
                     jumps,
                     operation == "s_endpgm",
                     goes_on=operation not in ("s_branch", "s_endpgm"),

@@ -205,7 +205,7 @@ def kernel_table() -> str:
         "| kernel | target | logits | registers | occupancy | KiB under way | loop | special | once | beside |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for report in kernel_reports(classes=128256, rows=8192):
+    for report in kernel_reports(classes=128256, few=False):
         variant = [report["kernel"], report["case"]["target"], report["case"]["dtype"]]
         loop = f"{report['loop_per_logit']:.1f} | {report['loop_special_per_logit']:.2f}"
         residence = f"{report['registers']} | {100 * report['occupancy']:.0f} % | {report['bytes_in_flight'] >> 10}"
@@ -217,7 +217,7 @@ def kernel_table() -> str:
 def layout_table() -> str:
     """How every layout fares on an H200, in bfloat16: counts of sm_90, and the share of a copy's bandwidth."""
     found: dict[tuple[str, int], dict[str, str]] = {}
-    for report in kernel_reports(target="sm_90", dtype="bf16", rows=8192):
+    for report in kernel_reports(target="sm_90", dtype="bf16", few=False):
         case = report["case"]
         share = next(each for each in report["predicted"] if each["gpu"] == "H200")["share"]
         cell = f"{report['executed_per_logit']:.0f} | {report['registers']} | {100 * share:.0f} %"
@@ -236,7 +236,7 @@ def layout_table() -> str:
 def prediction_table() -> str:
     """What bounds each kernel in bfloat16 at 128,256 classes; see benchmarks/bounds.py."""
     lines = ["| kernel | GPU | bound | share of copy bandwidth | headroom |", "|---|---|---|---:|---:|"]
-    for report in kernel_reports(classes=128256, rows=8192, dtype="bf16"):
+    for report in kernel_reports(classes=128256, few=False, dtype="bf16"):
         lines += [
             f"| {report['kernel']} | {each['gpu']} | {each['bound']} | {100 * each['share']:.0f} % "
             f"| {each['headroom']:.1f} |"

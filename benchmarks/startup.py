@@ -110,13 +110,14 @@ def variants(rows: int, classes: int, itemsize: int) -> Iterator[Variant]:
     splits = launch.choose_splits(rows, tiles, MULTIPROCESSORS) if tile.long else 1
     # Rows and classes, and the strides: classes, 1, and that of an absent dimension, 0.
     integers = tuple(specialization(number) for number in (rows, classes, 1, classes, 1, 0))
-    programs = -(-rows // tile.rows)
     if splits > 1:
         power = launch.next_power_of_two(splits)
-        merged = max(1, 256 // power)
-        programs = -(-rows // merged)
-        yield ("merge", merged, power, *integers, specialization(splits))
-    yield ("statistics", tile, int(splits > 1), *integers, specialization(splits))
+        yield ("split", tile, *integers, specialization(splits))
+        yield ("merge", power, *integers, specialization(splits))
+        programs = -(-rows // max(1, 256 // power))
+    else:
+        yield ("statistics", tile, *integers)
+        programs = -(-rows // (tile.rows * launch.choose_row_turns(tile, rows, MULTIPROCESSORS)))
     if programs > launch.FOLD_BLOCK:
         yield ("fold", specialization(programs))
         programs = -(-programs // launch.FOLD_BLOCK)

@@ -1,6 +1,7 @@
 """What the kernels may take, of every layout: the most over all numbers of classes, dtypes, calls and targets.
 
-Tighten them when a kernel gets better. What they mean for a GPU is predicted in docs/kernels.md.
+Tighten them when a kernel gets better. What they mean for a GPU is predicted in docs/kernels.md. Rows of up to 16
+classes are tiny: a program has as many of them as threads, or more, and takes none in turn.
 """
 
 from __future__ import annotations
@@ -9,65 +10,91 @@ from typing import NamedTuple
 
 
 class Budget(NamedTuple):
-    loop: float  # instructions a logit of a tile in a turn of the main loop, at most; of short rows, gradient: of all
-    once: int  # instructions of a thread beside the turns, at most
+    loop: float  # instructions a logit in a turn of the main loop, or where there is none of all, at most
+    once: int  # instructions of a thread beside the turns, of a row and of a program, at most
     registers: int  # of a thread, at most
     under_way: int  # KiB that the threads of a multiprocessor load in one turn, at least
 
 
 NVIDIA = {
     "statistics": {
-        "short": Budget(14, 1110, 91, 32),
-        "short, odd": Budget(20.5, 1150, 110, 28),
-        "short, sliced": Budget(18.5, 680, 90, 28),
+        "tiny": Budget(51.5, 0, 64, 36),
+        "short": Budget(27, 370, 96, 32),
+        "tiny, odd": Budget(58.5, 0, 64, 48),
+        "short, odd": Budget(37, 330, 71, 32),
+        "tiny, sliced": Budget(51, 310, 56, 48),
+        "short, sliced": Budget(16, 290, 64, 64),
         "long": Budget(10.5, 460, 64, 32),
         "long, odd": Budget(10.5, 430, 64, 32),
-        "class-major": Budget(16, 1590, 140, 12),
-        "class-major, odd": Budget(39, 450, 64, 8),
+        "long, sliced": Budget(10.5, 410, 64, 32),
+        "class-major": Budget(16.5, 1550, 139, 12),
+        "class-major, odd": Budget(39.5, 440, 64, 8),
+    },
+    "split": {
+        "long": Budget(10.5, 270, 64, 48),
+        "long, odd": Budget(10.5, 270, 64, 48),
     },
     "gradient": {
-        "short": Budget(27.5, 0, 64, 32),
+        "tiny": Budget(27.5, 0, 64, 48),
+        "short": Budget(25, 0, 62, 32),
+        "tiny, odd": Budget(51.5, 0, 134, 12),
         "short, odd": Budget(60.5, 0, 168, 12),
-        "short, sliced": Budget(41.5, 0, 134, 24),
-        "long": Budget(11, 190, 64, 32),
-        "long, odd": Budget(11, 190, 64, 32),
+        "tiny, sliced": Budget(41.5, 0, 134, 24),
+        "short, sliced": Budget(23.5, 0, 80, 50),
+        "long": Budget(11, 180, 64, 32),
+        "long, odd": Budget(11, 180, 64, 32),
         "long, sliced": Budget(16.5, 170, 64, 32),
-        "class-major": Budget(18, 470, 94, 20),
-        "class-major, odd": Budget(26.5, 360, 72, 7),
+        "class-major": Budget(18, 450, 94, 20),
+        "class-major, odd": Budget(26.5, 350, 72, 7),
     },
     "value_and_gradient": {
-        "short": Budget(29.5, 970, 126, 32),
-        "short, odd": Budget(32.5, 2070, 168, 12),
-        "long": Budget(22, 510, 74, 32),
-        "long, odd": Budget(22, 400, 74, 32),
+        "tiny": Budget(64, 0, 96, 24),
+        "short": Budget(73.5, 0, 128, 28),
+        "tiny, odd": Budget(160, 0, 167, 16),
+        "short, odd": Budget(111, 0, 149, 20),
+        "long": Budget(22, 500, 74, 32),
+        "long, odd": Budget(22, 390, 74, 32),
     },
 }
 
 # A gfx942 has no instruction that rounds to bfloat16, and 128 registers a thread where half its warps run.
 AMD = {
     "statistics": {
-        "short": Budget(15, 640, 58, 32),
-        "short, odd": Budget(22, 690, 73, 32),
-        "short, sliced": Budget(22, 650, 63, 32),
-        "long": Budget(12, 510, 36, 32),
-        "long, odd": Budget(12, 460, 34, 32),
-        "class-major": Budget(54, 590, 81, 20),
-        "class-major, odd": Budget(44, 500, 40, 8),
+        "tiny": Budget(83, 0, 40, 32),
+        "short": Budget(31.5, 380, 61, 32),
+        "tiny, odd": Budget(91.5, 0, 40, 32),
+        "short, odd": Budget(44, 370, 51, 32),
+        "tiny, sliced": Budget(91.5, 370, 40, 32),
+        "short, sliced": Budget(24, 310, 49, 64),
+        "long": Budget(12.5, 530, 48, 32),
+        "long, odd": Budget(12.5, 490, 48, 32),
+        "long, sliced": Budget(12, 490, 34, 32),
+        "class-major": Budget(54, 570, 81, 20),
+        "class-major, odd": Budget(44, 480, 40, 8),
+    },
+    "split": {
+        "long": Budget(12, 360, 34, 32),
+        "long, odd": Budget(12, 360, 34, 32),
     },
     "gradient": {
-        "short": Budget(36, 0, 54, 32),
-        "short, odd": Budget(71.5, 0, 68, 28),
-        "short, sliced": Budget(66, 0, 68, 32),
-        "long": Budget(22, 80, 66, 24),
-        "long, odd": Budget(22, 80, 66, 24),
-        "long, sliced": Budget(20.5, 80, 64, 32),
+        "tiny": Budget(36, 0, 45, 32),
+        "short": Budget(35, 0, 54, 32),
+        "tiny, odd": Budget(71.5, 0, 68, 28),
+        "short, odd": Budget(67.5, 0, 66, 28),
+        "tiny, sliced": Budget(66, 0, 68, 32),
+        "short, sliced": Budget(39.5, 0, 60, 64),
+        "long": Budget(22, 220, 66, 24),
+        "long, odd": Budget(22, 220, 66, 24),
+        "long, sliced": Budget(20.5, 200, 64, 32),
         "class-major": Budget(18, 370, 76, 24),
         "class-major, odd": Budget(28.5, 240, 34, 8),
     },
     "value_and_gradient": {
-        "short": Budget(32.5, 540, 70, 32),
-        "short, odd": Budget(46, 960, 80, 28),
-        "long": Budget(31.5, 520, 58, 32),
-        "long, odd": Budget(31.5, 420, 58, 32),
+        "tiny": Budget(71.5, 0, 47, 32),
+        "short": Budget(77, 0, 60, 32),
+        "tiny, odd": Budget(162, 0, 106, 24),
+        "short, odd": Budget(131.5, 0, 64, 32),
+        "long": Budget(32, 500, 58, 32),
+        "long, odd": Budget(32, 420, 58, 32),
     },
 }

@@ -63,7 +63,10 @@ def test_rows_are_read_and_written_in_128_bits(reports: list[dict[str, Any]]) ->
 def test_running_maxima_are_subtracted_as_they_were_rounded(reports: list[dict[str, Any]]) -> None:
     """An unrounded product there makes lanes that saw nothing NaN, which no interpreter can show."""
     for report in reports:
-        if report["kernel"] in ("statistics", "merge", "value_and_gradient"):
+        rescaled = report["kernel"] in ("split", "merge") or report["case"]["layout"].startswith(
+            ("long", "class-major")
+        )
+        if rescaled and report["kernel"] in ("statistics", "split", "merge", "value_and_gradient"):
             if report["gap_operations"] is None:  # AMD's assembly
                 continue
             assert report["gap_operations"] == ["sub"], report
@@ -77,14 +80,18 @@ def test_kernels_keep_to_their_budgets(reports: list[dict[str, Any]]) -> None:
     amd = reports[0]["case"]["target"] == "gfx942"
     budgets = kernel_budgets.AMD if amd else kernel_budgets.NVIDIA
     streaming = [report for report in reports if report["loop_per_logit"] is not None]
-    met = {(report["kernel"], report["case"]["layout"]) for report in streaming}
-    assert met == {(kernel, layout) for kernel, layouts in budgets.items() for layout in layouts}
+    met = set()
     for report in streaming:
-        budget = budgets[report["kernel"]][report["case"]["layout"]]
+        layout = report["case"]["layout"]
+        if report["case"]["classes"] <= 16:
+            layout = layout.replace("short", "tiny")
+        met.add((report["kernel"], layout))
+        budget = budgets[report["kernel"]][layout]
         assert 4 < report["loop_per_logit"] <= budget.loop, report
-        assert report["once"] <= budget.once, report
+        assert report["once"] + (report["a_row"] or 0) <= budget.once, report
         assert report["registers"] <= budget.registers, report
         assert report["bytes_in_flight"] >= budget.under_way << 10, report
+    assert met == {(kernel, layout) for kernel, layouts in budgets.items() for layout in layouts}
 
 
 def test_no_kernel_costs_more_than_in_the_committed_report(reports: list[dict[str, Any]]) -> None:
@@ -95,13 +102,13 @@ def test_no_kernel_costs_more_than_in_the_committed_report(reports: list[dict[st
         pytest.skip(f"the report is of Triton {committed['environment']['triton']}, this is {compiler[1]}")
 
     def key(report: dict[str, Any]) -> tuple[Any, ...]:
-        return report["kernel"], report["split"], *sorted(report["case"].items())
+        return report["kernel"], *sorted(report["case"].items())
 
     before = {key(report): report for report in committed["reports"]}
     assert {key(report) for report in reports} == {each for each in before if ("target", compiler[0]) in each}
     for report in reports:
         allowed = before[key(report)]
-        for figure in ("registers", "executed_per_logit", "once", "loop_per_logit"):
+        for figure in ("registers", "executed_per_logit", "once", "a_row", "loop_per_logit"):
             if report[figure] is not None:
                 assert report[figure] <= 1.05 * allowed[figure] + 1, (figure, allowed[figure], report)
         for side in ("global_loads", "global_stores"):
@@ -112,7 +119,7 @@ def test_no_kernel_costs_more_than_in_the_committed_report(reports: list[dict[st
 def test_many_long_rows_wait_for_memory(reports: list[dict[str, Any]]) -> None:
     """Predicted, of every NVIDIA GPU there is a datasheet for: neither instructions nor latency take much longer."""
     counted = [report for report in reports if report["loop_per_logit"] is not None]
-    long = [report for report in counted if report["case"]["classes"] > 50000 and report["case"]["rows"] > 1000]
+    long = [report for report in counted if report["case"]["classes"] > 50000 and not report["case"]["few"]]
     assert {report["kernel"] for report in long} == {"statistics", "gradient", "value_and_gradient"}
     for report in long:
         passes = 2 if report["kernel"] == "value_and_gradient" else 1

@@ -163,6 +163,55 @@ def test_turns(rows: int, tiles: int) -> None:
     assert turns == 1 or rows * tiles // turns >= 8 * 132
 
 
+@pytest.mark.parametrize("rows", [1, 10**3, 10**5, 10**7])
+@pytest.mark.parametrize("classes", [8, 33, 1000, 1001, 4096, 50257])
+def test_rows_in_turn_leave_enough_warps(rows: int, classes: int) -> None:
+    tile = _tile(matrix(classes, torch.bfloat16))
+    turns = launch.choose_row_turns(tile, rows, 132)
+    assert 1 <= turns <= tile.turns <= 32
+    assert turns == 1 or -(-rows // (turns * tile.rows)) * tile.warps >= 250 * 132
+    assert tile.turns * tile.rows <= max(32 * tile.warps, tile.rows)  # no more than a row a thread
+    assert turns == tile.turns or rows < 10**7
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("classes", [20, 33, 64, 100, 505, 1000, 1001, 1100, 5001])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rows_in_turn(classes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one after the other, to the last bit: rows of a last program that is not full, ignored ones and strays too."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tile = _tile(matrix(classes, dtype))
+    turns = min(tile.turns, 3)
+    rows = 4 * tile.rows + 1
+    assert turns > 1 or classes == 20
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, classes, generator=generator).to(device, dtype)
+    target = torch.randint(classes, (rows,), generator=generator).to(device)
+    target[1], target[2] = -100, classes  # the latter out of range
+    logits[1] = torch.nan
+    objective = CrossEntropyObjective(1.0, 0.7)
+
+    def outcome() -> list[Tensor]:
+        row_losses, saved = backend.loss(logits, target, -100, objective, "none")
+        gradient = backend.gradient(logits, saved, torch.ones_like(row_losses))
+        *statistics, _ = backend.statistics(logits, target, -100)
+        assert saved[1] is not None and not saved[1][[0, 2, 3, 4], 1].isnan().any()
+        return [row_losses, gradient, *statistics]
+
+    monkeypatch.setattr(launch, "choose_splits", lambda *sizes: 1)
+    monkeypatch.setattr(launch, "choose_row_turns", lambda *sizes: 1)
+    one_by_one = outcome()
+    monkeypatch.setattr(launch, "choose_row_turns", lambda *sizes: turns)
+    for found, expected in zip(outcome(), one_by_one, strict=True):
+        assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+    assert one_by_one[0][0, 1] == 0 and one_by_one[0][0, 2].isnan() and one_by_one[0].isnan().sum() == 1
+    target[2] = -100
+    losses = outcome()[0]
+    mean, saved = backend.loss(logits, target, -100, objective, "mean")
+    assert saved[2] is not None and saved[2].item() == pytest.approx(1 / (rows - 2))
+    torch.testing.assert_close(mean, losses.sum() / (rows - 2), rtol=1e-5, atol=0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("rows", [5, 8, 11])

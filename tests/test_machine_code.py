@@ -62,9 +62,44 @@ def test_uniform_branches_are_conditional() -> None:
     assert parse_sass(uniform).usual_path(2).turn == 5
 
 
+def test_a_call_within_the_kernel_is_a_jump() -> None:
+    usual = parse_sass(KERNEL).usual_path(2)
+    call = KERNEL.replace("@!P2 BRA `(.L_x_0)", "@!P2 CALL.REL.NOINC `(.L_x_0)")
+    assert parse_sass(call).usual_path(2) == usual
+    function = KERNEL.replace("IADD3 R1, R1, 0x1, RZ", "CALL.REL.NOINC `($kernel$dp_division)")
+    assert parse_sass(function).usual_path(2) == usual
+
+
 def test_a_program_that_cannot_compute_its_tile_is_an_error() -> None:
     with pytest.raises(ValueError, match="no way through the kernel computes 3 exponentials"):
-        parse_sass(KERNEL).usual_path(3)
+        parse_sass(KERNEL.replace("@!P2 BRA `(.L_x_0)", "@!P2 NOP")).usual_path(3)
+
+
+NESTED = KERNEL.replace(
+    ".L_x_0:",
+    """
+        /*0014*/                   NOP ;
+.L_x_4:
+        /*0018*/              @P3  BRA `(.L_x_3) ;
+        /*001c*/                   NOP ;
+.L_x_0:""",
+).replace(
+    "        /*0090*/                   MUFU.RCP R4, R4 ;",
+    """
+        /*0090*/                   SHFL.BFLY PT, R5, R0, 0x1, 0x1f ;
+.L_x_3:
+        /*00a0*/                   MUFU.EX2 R4, R4 ;
+        /*00b0*/              @P2  BRA `(.L_x_4) ;
+        /*00c0*/                   MUFU.RCP R4, R4 ;""",
+)
+
+
+def test_a_loop_within_a_loop() -> None:
+    """A turn of the outer one that computes: not the short cut past the exchange between threads."""
+    path = parse_sass(NESTED).usual_path(2, nested=True)
+    assert (path.turn, path.turn_special) == (5, 2)
+    assert (path.around, path.around_special) == (5, 1)
+    assert (path.once, path.once_special) == (5, 1)
 
 
 AMD = """
@@ -90,8 +125,8 @@ kernel:                                 ; @kernel
 
 
 def test_assembly_of_amd() -> None:
-    """The turn begins at the latch, which lies before the head of the loop."""
+    """The turn begins at the latch, which lies before the head of the loop, and the loop is left from there."""
     path = parse_gcn(AMD).usual_path(1)
-    assert (path.turn, path.turn_special, path.once, path.once_special) == (6, 2, 3, 0)
+    assert (path.turn, path.turn_special, path.once, path.once_special) == (6, 2, 4, 0)
     straight = parse_gcn(AMD.replace("s_branch .LBB0_1", "s_nop 0")).usual_path(1)
     assert (straight.turn, straight.turn_special, straight.once) == (8, 2, 0)

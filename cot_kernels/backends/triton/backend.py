@@ -21,7 +21,13 @@ from cot_kernels.backends import accumulation_dtype
 from cot_kernels.backends.triton import launch
 from cot_kernels.backends.triton.gradient import gradient_kernel
 from cot_kernels.backends.triton.objectives import device_twin
-from cot_kernels.backends.triton.statistics import fold_kernel, merge_kernel, reduce_kernel, statistics_kernel
+from cot_kernels.backends.triton.statistics import (
+    fold_kernel,
+    merge_kernel,
+    reduce_kernel,
+    split_kernel,
+    statistics_kernel,
+)
 from cot_kernels.backends.triton.value_and_gradient import value_and_gradient_kernel
 from cot_kernels.objectives import Objective, cross_entropy_of
 
@@ -95,8 +101,12 @@ def _forward(
         twin, parameters = device_twin(objective)
     tile = _tile(logits)
     splits = _splits(tile, num_rows, num_classes, device)
-    merge_rows = max(1, 256 // launch.next_power_of_two(splits))
-    blocks = triton.cdiv(num_rows, merge_rows if splits > 1 else tile.rows)
+    if splits > 1:
+        turns, block_rows = 1, max(1, 256 // launch.next_power_of_two(splits))
+    else:
+        turns = launch.choose_row_turns(tile, num_rows, _multiprocessors(device))
+        block_rows = turns * tile.rows
+    blocks = triton.cdiv(num_rows, block_rows)
 
     state = torch.empty((5, num_rows), dtype=dtype, device=device)
     if reduces:
@@ -105,29 +115,41 @@ def _forward(
         values = torch.empty((1 if objective is not None else 3, num_rows), dtype=dtype, device=device)
     if not num_rows:
         return values, target, state
-    parts = torch.empty((3, num_rows, splits), dtype=dtype, device=device) if splits > 1 else state
-    common = (
-        logits, target, parts, state, values, num_rows, num_classes, *_strides(logits),
-        ignore_index, *parameters, splits,
+    inner, stride_n, stride_k, stride_d = _strides(logits)
+    finish = (
+        state, values, num_rows, num_classes, inner, stride_n, stride_k, stride_d, ignore_index, *parameters,
     )  # fmt: skip
-    programs = num_rows * splits if splits > 1 else blocks
-    statistics_kernel[(programs,)](
-        *common,
-        OBJECTIVE=twin,
-        REDUCES=reduces,
-        SPLIT=splits > 1,
-        LONG=tile.long,
-        ROWS=tile.rows,
-        LANES=tile.lanes,
-        VEC=tile.vec,
-        ALIGN=tile.align,
-        HEADS=tile.heads,
-        num_warps=tile.warps,
-    )
     if splits > 1:
+        parts = torch.empty((3, num_rows, splits), dtype=dtype, device=device)
+        split_kernel[(num_rows * splits,)](
+            logits, target, parts, num_rows, num_classes, inner, stride_n, stride_d, ignore_index, splits,
+            LANES=tile.lanes,
+            VEC=tile.vec,
+            ALIGN=tile.align,
+            num_warps=tile.warps,
+        )  # fmt: skip
         merge_kernel[(blocks,)](
-            *common, OBJECTIVE=twin, REDUCES=reduces, ROWS=merge_rows, SPLITS=launch.next_power_of_two(splits)
-        )
+            logits, target, parts, *finish, splits,
+            OBJECTIVE=twin,
+            REDUCES=reduces,
+            ROWS=block_rows,
+            SPLITS=launch.next_power_of_two(splits),
+        )  # fmt: skip
+    else:
+        statistics_kernel[(blocks,)](
+            logits, target, *finish, turns,
+            OBJECTIVE=twin,
+            REDUCES=reduces,
+            LONG=tile.long,
+            ACROSS=tile.across,
+            ROWS=tile.rows,
+            TURNS=tile.turns,
+            LANES=tile.lanes,
+            VEC=tile.vec,
+            ALIGN=tile.align,
+            HEADS=tile.heads,
+            num_warps=tile.warps,
+        )  # fmt: skip
     return values, target, state
 
 
@@ -185,8 +207,9 @@ def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None
             num_rows, num_classes, inner, *strides, *_strides(grad)[1:],
             upstream.stride(0) if upstream.numel() == num_rows and num_rows > 1 else 0, tiles, turns,
             HAS_FACTOR=factor is not None,
-        LONG=tile.long,
-        ROWS=tile.rows,
+            LONG=tile.long,
+            ACROSS=tile.across,
+            ROWS=tile.rows,
             BLOCK=tile.block,
             VEC=tile.vec,
             ALIGN=tile.align,
@@ -258,8 +281,8 @@ def value_and_gradient(
             OBJECTIVE=twin,
             HAS_UPSTREAM=upstream is not None,
             GRADIENT=wanted,
-        LONG=tile.long,
-        ROWS=tile.rows,
+            LONG=tile.long,
+            ROWS=tile.rows,
             LANES=tile.lanes,
             VEC=tile.vec,
             ALIGN=tile.align,

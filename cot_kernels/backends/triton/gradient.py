@@ -79,15 +79,15 @@ def gradient_of_rows(z, classes, target, wanted, shift, log_total, slope, offset
 
 @triton.jit
 def write_rows(
-    base,
+    z,
+    classes,
+    within,
     grad_base,
     head,
-    start,
     target,
     inside,
     wanted,
     num_classes,
-    stride_k,
     grad_stride_k,
     shift,
     log_total,
@@ -96,15 +96,12 @@ def write_rows(
     at_target,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
-    ALIGN: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """The gradient of BLOCK places of several rows; of rows that begin anywhere, what fills whole accesses."""
-    read = inside if BLOCK == VEC else wanted  # as in the forward pass
-    z, classes, within = load_rows(base, head, start, read, num_classes, stride_k, BLOCK, VEC, ALIGN, HEADS, 0.0)
+    """The gradient of what :func:`.tiles.load_rows` found; of rows that begin anywhere, what fills whole accesses."""
     grad = gradient_of_rows(z.to(shift.dtype), classes, target, wanted, shift, log_total, slope, offset, at_target)
     if HEADS:
-        places = start + tl.arange(0, BLOCK)
+        places = tl.arange(0, BLOCK)
         access = (places // VEC * VEC)[None, :]
         within = (access >= head[:, None]) & (access + VEC <= head[:, None] + num_classes)
         pointers = step_back(grad_base, head, VEC)[:, None] + places[None, :]
@@ -166,6 +163,7 @@ def gradient_kernel(
     turns,
     HAS_FACTOR: tl.constexpr,
     LONG: tl.constexpr,
+    ACROSS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
@@ -223,11 +221,15 @@ def gradient_kernel(
         grad_base = row_pointers(grad_pointer, rows, inner, hint(grad_stride_n, ALIGN), grad_stride_d)
         head = first_classes(base, ROWS, VEC, HEADS)
         for tile in range(first, tl.minimum(first + turns, tiles)):
+            read = inside if ACROSS else wanted  # as in the forward pass
+            z, classes, within = load_rows(
+                base, head, tile * BLOCK, read, num_classes, stride_k, BLOCK, VEC, ALIGN, HEADS, 0.0
+            )
             write_rows(
-                base, grad_base, head, tile * BLOCK, target, inside, wanted, num_classes, stride_k, grad_stride_k,
-                shift, log_total, slope, offset, at_target, BLOCK, VEC, ALIGN, HEADS,
+                z, classes, within, grad_base, head, target, inside, wanted, num_classes, grad_stride_k,
+                shift, log_total, slope, offset, at_target, BLOCK, VEC, HEADS,
             )  # fmt: skip
-        if HEADS and first == 0:
+        if HEADS:
             write_ends(
                 base, grad_base, head, target, inside, wanted, num_classes,
                 shift, log_total, slope, offset, at_target, VEC,

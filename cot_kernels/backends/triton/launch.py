@@ -11,6 +11,10 @@ SHORT_ROW = 1024
 # Programs to keep every multiprocessor busy: with fewer rows than this many a multiprocessor, rows are split.
 PROGRAMS_PER_MULTIPROCESSOR = 4
 
+# Warps of programs to a multiprocessor, eight times what it holds at once with 64 registers a thread, below which the
+# forward pass takes no rows in turn: programs that start together end together, and the last ones leave others idle.
+WARPS_PER_MULTIPROCESSOR = 256
+
 # Registers of a thread of the gradient kernel for long rows: 64 let four programs of 256 threads, or eight of 128,
 # share a multiprocessor, which then has 32 KiB of logits under way. Left alone the compiler takes up to 128.
 GRADIENT_REGISTERS = 64
@@ -25,7 +29,8 @@ class Tile:
 
     ``vec`` neighbouring classes are folded within a thread. ``align`` is the number of classes in 16 bytes where
     accesses of that width can be promised to the compiler, and 1 where not. With ``heads`` rows begin anywhere, and
-    each is read from the boundary before it. A ``long`` row takes many tiles, of which most need no mask.
+    each is read from the boundary before it. A ``long`` row takes many tiles, of which most need no mask. ``across``
+    rows, which lie side by side, are read class after class; all others are whole in one tile.
     """
 
     rows: int
@@ -35,6 +40,7 @@ class Tile:
     warps: int
     heads: bool = False
     long: bool = False
+    across: bool = False
 
     @property
     def block(self) -> int:
@@ -43,9 +49,15 @@ class Tile:
     @property
     def overhang(self) -> int:
         """Places before the first class of a row, at most."""
-        if self.long:
-            return self.align - 1
         return self.vec - 1 if self.heads else 0
+
+    @property
+    def turns(self) -> int:
+        """How often at most the forward pass takes ``rows`` in turn: each thread then finishes a row.
+
+        Not the longest rows, of which a thread has hundreds of logits, and for which it would take twice the registers.
+        """
+        return max(1, min(32, 32 * self.warps // self.rows)) if self.warps < 8 else 1
 
 
 def next_power_of_two(number: int) -> int:
@@ -78,22 +90,23 @@ def choose_tile(
         # Neighbours in memory are rows, of which a thread takes one, or as many as an access holds. With more classes
         # at once the masks of half precision run out of AMD's scalar registers.
         if rows_adjoin:
-            return Tile(rows=128 * vec, lanes=1, vec=min(4, 16 // vec), align=1, warps=4)
-        return Tile(rows=128, lanes=1, vec=4, align=1, warps=4)
-    if num_classes <= SHORT_ROW:
-        aligned = rows_aligned and num_classes % vec == 0
-        # Of a few accesses most are ends: all are then written class by class, and read so.
-        heads = head_aligned and not aligned and not (ends_written and num_classes <= 4 * vec)
-        block = min(max(next_power_of_two(num_classes + (vec - 1 if heads else 0)), vec), SHORT_ROW)
+            return Tile(rows=128 * vec, lanes=1, vec=min(4, 16 // vec), align=1, warps=4, across=True)
+        return Tile(rows=128, lanes=1, vec=4, align=1, warps=4, across=True)
+    aligned = rows_aligned and num_classes % vec == 0
+    # Of a few accesses most are ends: all are then written class by class, and read so.
+    heads = head_aligned and not aligned and not (ends_written and num_classes <= 4 * vec)
+    block = max(next_power_of_two(num_classes + (vec - 1 if heads else 0)), vec)
+    if block <= SHORT_ROW:
         if block >= 512 and itemsize <= 4:
             # A warp a row: what every thread of a row does once, its merge and its loss, is done by the fewest.
             return Tile(rows=1, lanes=block // vec, vec=vec, align=vec if aligned else 1, warps=1, heads=heads)
         rows = max(2, 2048 // wide // block)
         return Tile(rows=rows, lanes=block // vec, vec=vec, align=vec if aligned else 1, warps=4, heads=heads)
-    # Four tiles a row or more: what a thread does once a row is spread over 64 logits.
-    warps = min(max(next_power_of_two(num_classes) // 2048, 1), 8)
-    block = 512 * warps // wide
-    return Tile(rows=1, lanes=block // vec, vec=vec, align=vec if head_aligned else 1, warps=warps, long=True)
+    # Eight tiles a row or more: what a thread does once a row is spread over 128 logits.
+    warps = min(max(next_power_of_two(num_classes + 1) // 8192, 1), 8)
+    lanes = 512 * warps // wide // vec
+    heads = head_aligned and not rows_aligned
+    return Tile(rows=1, lanes=lanes, vec=vec, align=vec if head_aligned else 1, warps=warps, heads=heads, long=True)
 
 
 def choose_splits(num_rows: int, tiles: int, multiprocessors: int) -> int:
@@ -102,6 +115,12 @@ def choose_splits(num_rows: int, tiles: int, multiprocessors: int) -> int:
     if num_rows * 2 > wanted:
         return 1
     return max(1, min(tiles, wanted // num_rows))
+
+
+def choose_row_turns(tile: Tile, num_rows: int, multiprocessors: int) -> int:
+    """How often a program of the forward pass takes its number of rows in turn."""
+    warps = -(-num_rows // tile.rows) * tile.warps
+    return max(1, min(tile.turns, warps // (multiprocessors * WARPS_PER_MULTIPROCESSOR)))
 
 
 def choose_turns(tile: Tile, num_rows: int, tiles: int, multiprocessors: int) -> int:

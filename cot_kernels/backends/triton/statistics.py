@@ -43,6 +43,12 @@ def merge(shift, total, moment, axis: tl.constexpr):
 
 
 @triton.jit
+def finite(y):
+    """Without -inf, for 0 * -inf would make the moment NaN. The NaN of a logit is let through."""
+    return tl.maximum(y, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def fold(z, shift, total, moment):
     """Folds a tile z [ROWS, LANES, VEC] into the running statistics [ROWS, LANES].
 
@@ -51,8 +57,7 @@ def fold(z, shift, total, moment):
     a tile, and of lanes that are still at the floor 6e21, with 0 * inf behind it.
     """
     raised = tl.maximum(shift, tl.max(z, 2) * LOG2E)
-    # The clamp keeps 0 * -inf out of the moment, and lets a NaN logit through.
-    y = tl.maximum(z * LOG2E - raised[:, :, None], FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    y = finite(z * LOG2E - raised[:, :, None])
     weight = tl.exp2(y)
     gap = shift - raised
     rescale = tl.exp2(gap)
@@ -93,7 +98,63 @@ def read_row(
 
 
 @triton.jit
-def read_rows(
+def of_row(head, target, num_classes, ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    """Which of BLOCK places from the boundary before a row are classes of it, without the target: [ROWS, BLOCK].
+
+    By a bit a place, an access at a time: cheaper than comparisons a place.
+    """
+    access = tl.arange(0, BLOCK // VEC)[None, :] * VEC
+    before = tl.minimum(tl.maximum(head[:, None] - access, 0), VEC)
+    after = tl.minimum(tl.maximum(head[:, None] + num_classes - access, 0), VEC)
+    bits = (1 << after) - (1 << before)
+    at = head[:, None] + target[:, None] - access
+    bits &= ~tl.where((at >= 0) & (at < VEC), 1 << (at & (VEC - 1)), 0)
+    kept = (bits[:, :, None] >> tl.arange(0, VEC)[None, None, :]) & 1
+    return tl.reshape(kept, [ROWS, BLOCK]) != 0
+
+
+@triton.jit
+def of_whole_rows(
+    z,
+    classes,
+    head,
+    target,
+    num_classes,
+    dtype: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """(m, s, t) of ROWS rows that fit a tile, of what :func:`.tiles.load_rows` found there: nothing is rescaled."""
+    kept = of_row(head, target, num_classes, ROWS, BLOCK, VEC) if HEADS else classes != target[:, None]
+    z = tl.where(kept, z.to(dtype), -float("inf"))
+    shift = tl.maximum(tl.max(z, 1) * LOG2E, FLOOR)
+    y = finite(z * LOG2E - shift[:, None])
+    weight = tl.exp2(y)
+    return shift, tl.sum(weight, 1), tl.sum(weight * y, 1)
+
+
+@triton.jit
+def read_whole_rows(
+    base,
+    target,
+    wanted,
+    num_classes,
+    dtype: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    head = first_classes(base, ROWS, VEC, HEADS)
+    z, classes, _ = load_rows(base, head, 0, wanted, num_classes, 1, BLOCK, VEC, ALIGN, HEADS, -float("inf"))
+    return of_whole_rows(z, classes, head, target, num_classes, dtype, ROWS, BLOCK, VEC, HEADS)
+
+
+@triton.jit
+def read_side_by_side(
     base,
     target,
     inside,
@@ -102,37 +163,142 @@ def read_rows(
     stride_k,
     dtype: tl.constexpr,
     ROWS: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """(m, s, t) of ROWS rows, of which each thread reads its own, class after class.
+
+    One access may read several rows, whichever of them are wanted.
+    """
+    shift = tl.full([ROWS, 1], FLOOR, dtype)
+    total = tl.zeros([ROWS, 1], dtype)
+    moment = tl.zeros([ROWS, 1], dtype)
+    head = first_classes(base, ROWS, VEC, False)
+    for start in range(0, num_classes, VEC):
+        z, classes, _ = load_rows(base, head, start, inside, num_classes, stride_k, VEC, VEC, 1, False, -float("inf"))
+        kept = classes != target[:, None]
+        kept &= wanted[:, None]
+        z = tl.where(kept, z.to(dtype), -float("inf"))
+        shift, total, moment = fold(tl.reshape(z, [ROWS, 1, VEC]), shift, total, moment)
+    return merge(shift, total, moment, 1)
+
+
+@triton.jit
+def split_kernel(
+    logits_pointer,
+    target_pointer,
+    parts_pointer,  # [3, N, splits] running statistics
+    num_rows,
+    num_classes,
+    inner,
+    stride_n,
+    stride_d,
+    ignore_index,
+    splits,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """(m, s, t) of one of the splits of a long row."""
+    BLOCK: tl.constexpr = LANES * VEC
+    program = tl.program_id(0).to(tl.int64)
+    row = program // splits
+    split = (program - row * splits).to(tl.int32)
+    num_rows = tl.cast(num_rows, tl.int64)
+    dtype: tl.constexpr = tl.float64 if logits_pointer.dtype.element_ty == tl.float64 else tl.float32
+
+    target, wanted, _ = load_targets(target_pointer, row, num_rows, num_classes, ignore_index)
+    base = row_pointers(logits_pointer, row, inner, stride_n, stride_d)
+    head = misalignment(base, ALIGN)
+    tiles = tl.where(wanted, tl.cdiv(num_classes + head, BLOCK), 0)
+    share = tl.cdiv(tiles, splits)
+    first = split * share
+    shift, total, moment = read_row(
+        step_back(base, head, ALIGN), head, target, first, tl.minimum(tiles, first + share), num_classes,
+        dtype, LANES, VEC, "",
+    )  # fmt: skip
+    place = parts_pointer + program + tl.arange(0, 1)
+    tl.store(place, shift)
+    tl.store(place + num_rows * splits, total)
+    tl.store(place + 2 * num_rows * splits, moment)
+
+
+@triton.jit
+def read_one(
+    logits_pointer,
+    target_pointer,
+    row,
+    num_classes,
+    inner,
+    stride_n,
+    stride_d,
+    ignore_index,
+    dtype: tl.constexpr,
+    LONG: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     ALIGN: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """(m, s, t) of ROWS rows."""
+    """(m, s, t), [1] each, of a row; of an ignored one, without reading it."""
     BLOCK: tl.constexpr = LANES * VEC
-    shift = tl.full([ROWS, LANES], FLOOR, dtype)
-    total = tl.zeros([ROWS, LANES], dtype)
-    moment = tl.zeros([ROWS, LANES], dtype)
-    head = first_classes(base, ROWS, VEC, HEADS)
-    for start in range(0, num_classes + (VEC - 1 if HEADS else 0), BLOCK):
-        z, classes, within = load_rows(
-            base, head, start, inside if LANES == 1 else wanted, num_classes, stride_k,
-            BLOCK, VEC, ALIGN, HEADS, -float("inf"),
-        )  # fmt: skip
-        kept = classes != target[:, None]
-        if LANES == 1:  # rows may lie side by side, and be read by one access, whichever of them are wanted
-            kept &= wanted[:, None]
-        if HEADS:
-            kept &= within
-        z = tl.where(kept, z.to(dtype), -float("inf"))
-        shift, total, moment = fold(tl.reshape(z, [ROWS, LANES, VEC]), shift, total, moment)
-    return merge(shift, total, moment, 1)
+    shift = tl.full([1], FLOOR, dtype)
+    total = tl.zeros([1], dtype)
+    moment = tl.zeros([1], dtype)
+    wide_target = tl.load(target_pointer + row).to(tl.int64)
+    if wide_target != ignore_index:
+        target = wide_target.to(tl.int32)  # whichever class that is where it is out of range: the row will be NaN
+        base = row_pointers(logits_pointer, row, inner, hint(stride_n, ALIGN), stride_d)
+        if LONG:
+            head = misalignment(base, ALIGN)
+            shift, total, moment = read_row(
+                step_back(base, head, ALIGN), head, target, 0, tl.cdiv(num_classes + head, BLOCK), num_classes,
+                dtype, LANES, VEC, "",
+            )  # fmt: skip
+        else:
+            one = tl.arange(0, 1)
+            shift, total, moment = read_whole_rows(
+                base + one, target + one, one == 0, num_classes, dtype, 1, BLOCK, VEC, ALIGN, HEADS
+            )
+    return shift, total, moment
 
 
 @triton.jit
+def read_several(
+    logits_pointer,
+    rows,
+    target,
+    wanted,
+    num_rows,
+    num_classes,
+    inner,
+    stride_n,
+    stride_k,
+    stride_d,
+    dtype: tl.constexpr,
+    ACROSS: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """(m, s, t) of ROWS short rows."""
+    base = row_pointers(logits_pointer, rows, inner, hint(stride_n, ALIGN), stride_d)
+    if ACROSS:
+        shift, total, moment = read_side_by_side(
+            base, target, rows < num_rows, wanted, num_classes, stride_k, dtype, ROWS, VEC
+        )
+    else:
+        shift, total, moment = read_whole_rows(
+            base, target, wanted, num_classes, dtype, ROWS, LANES * VEC, VEC, ALIGN, HEADS
+        )
+    return shift, total, moment
+
+
+@triton.jit(do_not_specialize=["turns"])
 def statistics_kernel(
     logits_pointer,
     target_pointer,
-    parts_pointer,  # [3, N, splits] running statistics
     state_pointer,
     values_pointer,  # row losses; where it reduces, [2, blocks] their sums and the rows counted; or the statistics
     num_rows,
@@ -145,60 +311,74 @@ def statistics_kernel(
     scale: tl.float64,
     parameter: tl.float64,
     exponent: tl.float64,
-    splits,
+    turns,
     OBJECTIVE: tl.constexpr,
     REDUCES: tl.constexpr,
-    SPLIT: tl.constexpr,
     LONG: tl.constexpr,
+    ACROSS: tl.constexpr,
     ROWS: tl.constexpr,
+    TURNS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     ALIGN: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """(m, s, t) of ROWS rows, or of one of the splits of a long row; without splits, the rows are finished at once."""
-    BLOCK: tl.constexpr = LANES * VEC
-    program = tl.program_id(0).to(tl.int64)
-    block = program // splits if SPLIT else program
+    """The values of ``turns`` times ROWS rows, read ROWS at a time and finished all at once.
+
+    Of TURNS times ROWS rows, the most there may be, every thread finishes one; of the ROWS of a single turn many
+    threads would finish the same.
+    """
+    block = tl.program_id(0).to(tl.int64)
     num_rows = tl.cast(num_rows, tl.int64)  # 5 N entries of state pass 2^31
-    split = (program - block * splits).to(tl.int32) if SPLIT else 0
-
-    rows = block * ROWS + tl.arange(0, ROWS)
-    target, wanted, stray = load_targets(target_pointer, rows, num_rows, num_classes, ignore_index)
-
     dtype: tl.constexpr = tl.float64 if logits_pointer.dtype.element_ty == tl.float64 else tl.float32
-    if LONG:
-        one_target, one_wanted, _ = load_targets(target_pointer, block, num_rows, num_classes, ignore_index)
-        base = row_pointers(logits_pointer, block, inner, stride_n, stride_d)
-        head = misalignment(base, ALIGN)
-        aligned = step_back(base, head, ALIGN)
-        last = tl.where(one_wanted, tl.cdiv(num_classes + head, BLOCK), 0)
-        first = 0
-        if SPLIT:
-            share = tl.cdiv(last, splits)
-            first = split * share
-            last = tl.minimum(last, first + share)
-        shift, total, moment = read_row(aligned, head, one_target, first, last, num_classes, dtype, LANES, VEC, "")
+    if TURNS == 1:
+        rows = block * ROWS + tl.arange(0, ROWS)
+        target, wanted, stray = load_targets(target_pointer, rows, num_rows, num_classes, ignore_index)
+        if ROWS == 1:
+            shift, total, moment = read_one(
+                logits_pointer, target_pointer, block, num_classes, inner, stride_n, stride_d,
+                ignore_index, dtype, LONG, LANES, VEC, ALIGN, HEADS,
+            )  # fmt: skip
+        else:
+            shift, total, moment = read_several(
+                logits_pointer, rows, target, wanted, num_rows, num_classes, inner, stride_n, stride_k, stride_d,
+                dtype, ACROSS, ROWS, LANES, VEC, ALIGN, HEADS,
+            )  # fmt: skip
     else:
-        base = row_pointers(logits_pointer, rows, inner, hint(stride_n, ALIGN), stride_d)
-        shift, total, moment = read_rows(
-            base, target, rows < num_rows, wanted, num_classes, stride_k, dtype, ROWS, LANES, VEC, ALIGN, HEADS
-        )
+        first = block * (turns * ROWS)
+        shifts = tl.full([TURNS, ROWS], FLOOR, dtype)
+        totals = tl.zeros([TURNS, ROWS], dtype)
+        moments = tl.zeros([TURNS, ROWS], dtype)
+        for turn in range(tl.minimum(turns, tl.cdiv(num_rows - first, ROWS).to(tl.int32))):
+            if ROWS == 1:
+                shift, total, moment = read_one(
+                    logits_pointer, target_pointer, first + turn, num_classes, inner, stride_n, stride_d,
+                    ignore_index, dtype, LONG, LANES, VEC, ALIGN, HEADS,
+                )  # fmt: skip
+            else:
+                some = first + turn * ROWS + tl.arange(0, ROWS)
+                some_targets, asked, _ = load_targets(target_pointer, some, num_rows, num_classes, ignore_index)
+                shift, total, moment = read_several(
+                    logits_pointer, some, some_targets, asked, num_rows, num_classes, inner, stride_n, stride_k,
+                    stride_d, dtype, ACROSS, ROWS, LANES, VEC, ALIGN, HEADS,
+                )  # fmt: skip
+            here = (tl.arange(0, TURNS) == turn)[:, None]
+            shifts = tl.where(here, shift[None, :], shifts)
+            totals = tl.where(here, total[None, :], totals)
+            moments = tl.where(here, moment[None, :], moments)
+        shift = tl.reshape(shifts, [TURNS * ROWS])
+        total = tl.reshape(totals, [TURNS * ROWS])
+        moment = tl.reshape(moments, [TURNS * ROWS])
+        order = tl.arange(0, TURNS * ROWS)
+        rows = tl.where(order < turns * ROWS, first + order, num_rows)
+        target, wanted, stray = load_targets(target_pointer, rows, num_rows, num_classes, ignore_index)
 
-    if SPLIT:
-        place = parts_pointer + rows * splits + split
-        tl.store(place, shift)
-        tl.store(place + num_rows * splits, total)
-        tl.store(place + 2 * num_rows * splits, moment)
-    else:
-        target_logit = load_target_logits(
-            logits_pointer, rows, target, wanted, inner, stride_n, stride_k, stride_d, dtype
-        )
-        finish(
-            rows, num_rows, wanted, stray, target_logit, shift, total, moment,
-            state_pointer, values_pointer, block, tl.num_programs(0),
-            scale, parameter, exponent, OBJECTIVE, REDUCES,
-        )  # fmt: skip
+    target_logit = load_target_logits(logits_pointer, rows, target, wanted, inner, stride_n, stride_k, stride_d, dtype)
+    finish(
+        rows, num_rows, wanted, stray, target_logit, shift, total, moment,
+        state_pointer, values_pointer, block, tl.num_programs(0),
+        scale, parameter, exponent, OBJECTIVE, REDUCES,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 Traffic: N K logits read and N K gradients written. A program reads its row for the statistics and reads it again, from
 the end that is still in the L2 cache, for the gradient: at K = 131072 in bf16 a row is 256 KiB, and the rows that the
-132 multiprocessors of an H200 hold at once, 33 MiB, fit its 50 MiB. Rows of one tile stay within reach anyway.
+132 multiprocessors of an H200 hold at once, 33 MiB, fit its 50 MiB. Rows of one tile stay in registers.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import triton.language as tl
 
 from cot_kernels.backends.triton.gradient import write_ends, write_rows, write_tile
 from cot_kernels.backends.triton.objectives import cross_entropy
-from cot_kernels.backends.triton.statistics import read_row, read_rows, row_values
+from cot_kernels.backends.triton.statistics import of_whole_rows, read_row, row_values
 from cot_kernels.backends.triton.tiles import (
     LN2,
     first_classes,
     hint,
+    load_rows,
     load_target_logits,
     load_targets,
     misalignment,
@@ -70,9 +71,9 @@ def value_and_gradient_kernel(
         )
     else:
         base = logits_pointer + rows * hint(stride_n, ALIGN)
-        shift, total, moment = read_rows(
-            base, target, inside, wanted, num_classes, 1, dtype, ROWS, LANES, VEC, ALIGN, HEADS
-        )
+        head = first_classes(base, ROWS, VEC, HEADS)
+        z, classes, within = load_rows(base, head, 0, wanted, num_classes, 1, BLOCK, VEC, ALIGN, HEADS, -float("inf"))
+        shift, total, moment = of_whole_rows(z, classes, head, target, num_classes, dtype, ROWS, BLOCK, VEC, HEADS)
 
     # Of an ignored row nothing was read: its negentropy is 0.
     log_total, negentropy, log_odds, _ = row_values(target_logit, shift, total, moment)
@@ -113,12 +114,10 @@ def value_and_gradient_kernel(
                     one_shift, one_log_total, one_slope, one_offset, one_at_target, BLOCK, "evict_first",
                 )  # fmt: skip
         else:
-            head = first_classes(base, ROWS, VEC, HEADS)
-            for start in range(0, num_classes + (VEC - 1 if HEADS else 0), BLOCK):
-                write_rows(
-                    base, base, head, start, target, inside, wanted, num_classes, 1, 1,
-                    shift, log_total, slope, offset, at_target, BLOCK, VEC, ALIGN, HEADS,
-                )  # fmt: skip
+            write_rows(
+                z, classes, within, base, head, target, inside, wanted, num_classes, 1,
+                shift, log_total, slope, offset, at_target, BLOCK, VEC, HEADS,
+            )  # fmt: skip
             if HEADS:
                 write_ends(
                     base, base, head, target, inside, wanted, num_classes,
