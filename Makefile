@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 # One thread a test worker: with more, the workers' thread pools wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+KERNEL_TESTS := $(foreach name,launch losses poisoned statistics value_and_gradient,tests/test_$(name).py)
+
 GPU_RESULTS := $(foreach part,small widths tokens,benchmarks/results/gpu_$(part).json)
 
-.PHONY: demo test study study-quick fuzz test-gpu lint format compile-report bench-cpu bench-gpu bench-growth bench-startup \
+.PHONY: demo test study study-quick fuzz test-gpu test-emulated lint format compile-report bench-cpu bench-gpu bench-growth bench-startup \
   bench-dispatch bench-linear bench-training numerics readme clean
 
 demo: $(VENV)/.installed  ## Fine-tune a transformer on BBC News with and without COT; table, PNG and JSON in demo-results/
@@ -27,6 +29,9 @@ fuzz: $(VENV)/.installed  ## New random cases, some 25,000: losses against the f
 
 test-gpu:  ## The GPU-marked tests, with whatever Python environment is active
 	$(PYTHON) -m pytest -m gpu
+
+test-emulated: $(VENV)/.installed  ## Those of the kernels as compiled for sm_90, executed on the CPU: some ten minutes
+	EMULATED_GPU=sm_90 $(PYTEST) -n 2 --dist worksteal -m gpu $(KERNEL_TESTS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -85,6 +85,11 @@ def predict(
     return Prediction(gpu.name, bound, times["bytes"] / times[bound], times["bytes"] / beside)
 
 
+def both_passes(statistics: float, gradient: float) -> float:
+    """The share of a copy's bandwidth of a read, and of a read and a write, that reach the shares given."""
+    return 3 / (1 / statistics + 2 / gradient)
+
+
 def warps_at_most(target: str) -> int:
     """Of one multiprocessor."""
     return _GFX942_SIMDS * _GFX942_WARPS if target == "gfx942" else _WARPS

@@ -166,7 +166,7 @@ def _call(case: Case) -> None:
         backend.value_and_gradient(logits, target, -100, objective, upstream, case.call != "values")
 
 
-class _Driver:
+class Driver:
     """Stands for a GPU of a target: Triton's compiler asks the driver for no more than this."""
 
     def __init__(self, target: str) -> None:
@@ -198,7 +198,7 @@ class _Compiling:
         return launch
 
 
-_KERNELS = (
+KERNELS = (
     "statistics_kernel",
     "split_kernel",
     "merge_kernel",
@@ -212,11 +212,11 @@ _KERNELS = (
 def launches(case: Case) -> list[Launch]:
     """The kernels that a call launches, in their order."""
     found: list[Launch] = []
-    replaced: dict[str, Any] = {name: _Compiling(getattr(backend, name), found) for name in _KERNELS}
+    replaced: dict[str, Any] = {name: _Compiling(getattr(backend, name), found) for name in KERNELS}
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(backend, **replaced))
         if case.target.startswith("gfx"):
             stack.enter_context(mock.patch.object(torch.version, "hip", "7"))
-        driver.set_active(_Driver(case.target))  # for good: there may be no other to set back
+        driver.set_active(Driver(case.target))  # for good: there may be no other to set back
         _call(case)
     return found

@@ -25,12 +25,15 @@ Value: TypeAlias = Callable[[dict[str, Any]], float | None]  # of a row; None wh
 
 BASELINE = "published"
 SPREAD = 30  # between the highest and the lowest point of a figure: beyond it the axis is logarithmic
-SMALL_LOGITS = 1 << 19  # up to here a problem's time is mostly what its calls and launches cost
+
+# Up to so many logits a problem's time is mostly what its calls, and on a GPU its launches, cost.
+SMALL_LOGITS, SMALL_LOGITS_GPU = 1 << 19, 1 << 22
 
 # Okabe and Ito's palette; a provider has the same colour in every figure, and ours the solid lines.
 _COLORS = ("#999999", "#56B4E9", "#000000", "#F0E442", "#CC79A7", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#882255")
 COLORS = {provider.name: color for provider, color in zip(PROVIDERS, _COLORS, strict=True)} | {COPY: "0.5"}
 OTHERS = ("published", "published, compiled", "F.cross_entropy", "Liger cross_entropy", "quack cross_entropy", COPY)
+OURS = [provider for provider in COLORS if provider not in OTHERS]
 
 
 def timed(results: Rows, *, graph: bool = False) -> list[dict[str, Any]]:
@@ -51,7 +54,8 @@ def dtypes_of(rows: Rows) -> list[str]:
 def panels(rows: Rows, title: str, label: str) -> tuple[Figure, list[tuple[str, Axes]]]:
     """A figure with a panel for each dtype that the rows have, one below the other."""
     dtypes = dtypes_of(rows)
-    drawing = Figure(figsize=(10, 1.5 + 2.6 * len(dtypes)), dpi=130, layout="constrained")
+    width = max(10.0, 0.9 * len({row["case"] for row in rows}))
+    drawing = Figure(figsize=(width, 1.5 + 2.6 * len(dtypes)), dpi=130, layout="constrained")
     drawing.suptitle(title)
     axes = [row[0] for row in drawing.subplots(len(dtypes), 1, squeeze=False)]
     found = list(zip(dtypes, axes, strict=True))
@@ -79,7 +83,12 @@ def lines(rows: Rows, title: str, label: str, value: Value) -> Figure:
                 classes = sorted(points)
                 heights = [value(points[each]) or 0 for each in classes]
                 places = [sizes.index(each) for each in classes]
-                axes.plot(places, heights, style, color=COLORS[provider], marker="o", markersize=4, label=provider)
+                # The later the narrower: lines that lie on each other all show.
+                wide = 1.4 * (len(OURS) - 1 - OURS.index(provider)) if provider in OURS else 0
+                axes.plot(
+                    places, heights, style, color=COLORS[provider], label=provider,
+                    marker="o", linewidth=1.2 + wide, markersize=4 + 1.4 * wide,
+                )  # fmt: skip
         every = [height for line in axes.get_lines() for height in np.asarray(line.get_ydata())]
         if max(every) > SPREAD * min(every):
             axes.set_yscale("log")
@@ -103,7 +112,10 @@ def bars(rows: Rows, title: str, label: str, value: Value, *, reference: float |
             heights = {row["case"]: value(row) for row in some if row["provider"] == provider}
             places = [place + (index - len(providers) / 2 + 0.5) * width for place in range(len(cases))]
             axes.bar(places, [heights.get(case) or 0 for case in cases], width, color=COLORS[provider], label=provider)
-        axes.set_xticks(range(len(cases)), cases, rotation=15 if len(cases) > 6 else 0)
+        axes.set_xticks(range(len(cases)), cases)
+        if len(cases) > 6:
+            for text in axes.get_xticklabels():
+                text.set(rotation=20, ha="right", rotation_mode="anchor")
         if reference is not None:
             axes.axhline(reference, color="0.2", linewidth=0.8)
     return with_legend(drawing, [axes for _, axes in found])
@@ -134,8 +146,9 @@ def memory(row: dict[str, Any]) -> float | None:
 def figures(results: Rows) -> dict[str, Figure]:
     """By file name; a figure without points is left out."""
     rows = timed(results)
-    large = [row for row in rows if row["rows"] * row["classes"] > SMALL_LOGITS]
-    small = [row for row in rows if row["rows"] * row["classes"] <= SMALL_LOGITS and row["provider"] != COPY]
+    most = SMALL_LOGITS_GPU if any(row["graph"] for row in results) else SMALL_LOGITS
+    large = [row for row in rows if row["rows"] * row["classes"] > most]
+    small = [row for row in rows if row["rows"] * row["classes"] <= most and row["provider"] != COPY]
     drawn: dict[str, Figure] = {}
     if any(row["copy_share"] is not None for row in large):
         title, label = "bandwidth of both passes: counted bytes / time", "share of the copy's"
@@ -148,7 +161,7 @@ def figures(results: Rows) -> dict[str, Figure]:
         drawn["memory"] = bars(held, "memory beside the logits", "peak / logits", memory)
     if small:
         drawn["latency"] = bars(small, "small problems, both passes", "microseconds", lambda row: row["p50"])
-    graphs = [row for row in timed(results, graph=True) if row["rows"] * row["classes"] <= SMALL_LOGITS]
+    graphs = [row for row in timed(results, graph=True) if row["rows"] * row["classes"] <= most]
     if graphs:
         title = "small problems in a CUDA graph, both passes"
         drawn["latency_graph"] = bars(graphs, title, "microseconds", lambda row: row["p50"])

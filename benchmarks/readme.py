@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import goals
+from benchmarks.bounds import GPUS, both_passes
 from benchmarks.cases import GPU_PARTS
 from examples.demo import markdown_table
 
@@ -245,6 +246,22 @@ def prediction_table() -> str:
     return "\n".join(lines)
 
 
+def both_table() -> str:
+    """The share that both passes together are predicted to reach, of rows of 1,000 classes or more."""
+    shares: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
+    for report in kernel_reports(few=False, dtype="bf16", call="mean"):
+        for each in report["predicted"]:
+            kernels = shares.setdefault((report["case"]["layout"], report["case"]["classes"]), {})
+            kernels.setdefault(each["gpu"], {})[report["kernel"]] = each["share"]
+    names = [gpu.name for gpu in GPUS]
+    lines = [f"| rows | classes | {' | '.join(names)} |", "|---|---:|" + "---:|" * len(names)]
+    for (layout, classes), gpus in shares.items():
+        if classes >= 1000 and all(len(gpus[name]) == 2 for name in names):
+            cells = [f"{both_passes(gpus[name]['statistics'], gpus[name]['gradient']):.2f}" for name in names]
+            lines.append(f"| {layout} | {classes:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def short(value: float | None) -> str:
     if value is None:
         return "NaN"
@@ -286,6 +303,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "goals": goals_table,
         "aten": aten_table,
         "gpu-goals": gpu_goals_table,
+        "both": both_table,
         "startup": startup_table,
     },
     ROOT / "docs" / "linear.md": {"linear": linear_table},

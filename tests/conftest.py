@@ -1,4 +1,8 @@
-"""Three backends, one suite: C++ and ATen on the CPU, Triton on a GPU or in its interpreter."""
+"""Three backends, one suite: C++ and ATen on the CPU, Triton on a GPU or in its interpreter.
+
+With EMULATED_GPU=sm_90 in the environment, say, what Triton compiles for that GPU is executed on the CPU instead: see
+:mod:`emulated`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,9 @@ import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
+EMULATED_GPU = os.environ.get("EMULATED_GPU")
+INTERPRETED = not (HAS_GPU or EMULATED_GPU)
+if INTERPRETED:
     # The interpreter is chosen when a kernel is decorated. Set for that moment only: the rest of the suite must see
     # the CPU path that users get.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -25,8 +31,12 @@ from cot_kernels.backends import aten  # noqa: E402
 from cot_kernels.backends.native import backend as native  # noqa: E402
 from cot_kernels.backends.triton import backend as triton_backend  # noqa: E402
 
-if not HAS_GPU:
+if INTERPRETED:
     del os.environ["TRITON_INTERPRET"]
+if EMULATED_GPU:
+    import emulated
+
+    emulated.install(EMULATED_GPU)
 
 
 @pytest.fixture(params=["native", "aten", "aten-blocks", pytest.param("triton", marks=pytest.mark.gpu)])

@@ -47,7 +47,7 @@ def misalignment(base, ALIGN: tl.constexpr):
         head = 0
     else:
         itemsize: tl.constexpr = base.dtype.element_ty.primitive_bitwidth // 8
-        head = ((base.to(tl.int64) % 16) // itemsize).to(tl.int32)
+        head = (base.to(tl.int64) & 15).to(tl.int32) // itemsize
     return head
 
 

@@ -1,0 +1,458 @@
+"""PTX executed on the CPU: what Triton's compiler made of a kernel, instruction by instruction, without a GPU.
+
+Triton's interpreter shows that a kernel's Python is right. It contracts no multiplications, splits no accesses and
+trusts no promise of alignment; the compiler does. Here all threads of a grid go through the compiled code together, a
+NumPy array a register. An access that is not aligned to its width, or that touches no allocation, is an error.
+
+Only what these kernels compile to is known: an instruction that is not here is an error too. Threads that have gone
+different ways meet again where the threads of a warp, or of a program, wait for each other.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[Any]
+
+WARP = 32
+_PAGE = 1 << 16  # between allocations: what runs over the end of one finds nothing
+_ACCESS = 16  # bytes: an allocation ends on a multiple of it
+
+_SIZES = {"8": 1, "16": 2, "32": 4, "64": 8, "16x2": 4, "32x2": 8}
+
+
+def _dtype(suffix: str) -> np.dtype[Any]:
+    """Of an operand of type b32, s64, f32 and the like."""
+    kind, bits = suffix[0], suffix[1:]
+    return np.dtype(f"{ {'b': 'u', 'u': 'u', 's': 'i', 'f': 'f'}[kind] }{_SIZES[bits]}")
+
+
+def _unsigned(size: int) -> np.dtype[Any]:
+    return np.dtype(f"u{size}")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    operation: tuple[str, ...]  # split at the dots
+    operands: tuple[str, ...]
+    predicate: str | None
+    negated: bool
+    text: str
+
+
+_LINE = re.compile(r"^(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*?);?$")
+
+
+def parse(ptx: str) -> tuple[list[Instruction], dict[str, int], list[str]]:
+    """Instructions, labels, and the names of the parameters, of the one kernel of a module."""
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    parameters = re.findall(r"^\s*\.param\s.*?(\w+)[,\s]*$", ptx, flags=re.MULTILINE)
+    entry = ptx[ptx.index("\n{", ptx.index(".entry")) + 2 :]
+    body = re.sub(r"//[^\n]*", "", entry[: entry.index("\n}")])
+    for line in body.splitlines():
+        for part in re.findall(r"[^;]+;|\$\w+:", line):
+            text = part.strip("{} \t")
+            if text.endswith(":"):
+                labels[text[:-1]] = len(instructions)
+            elif text and not text.startswith("."):
+                found = _LINE.match(text)
+                if found is None:
+                    raise ValueError(f"not understood: {text}")
+                operands = tuple(each.strip() for each in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", found[4]))
+                operation = tuple(re.split(r"\.|::", found[3]))
+                instructions.append(Instruction(operation, operands, found[2], found[1] == "!", text))
+    return instructions, labels, parameters
+
+
+class Memory:
+    """Allocations in a space of addresses of its own."""
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+        self.bytes = np.zeros(_PAGE, np.uint8)
+
+    def allocate(self, content: bytes) -> int:
+        start = len(self.bytes)
+        padded = -(-len(content) // _ACCESS) * _ACCESS
+        room = np.full(-(-(padded + 1) // _PAGE) * _PAGE, 0xFF, np.uint8)  # NaN, where it is read
+        room[: len(content)] = np.frombuffer(content, np.uint8)
+        self.bytes = np.concatenate((self.bytes, room))
+        self.starts.append(start)
+        self.ends.append(start + padded)
+        return start
+
+    def places(self, address: Array, size: int, count: int, text: str) -> Array:
+        """Which elements of ``size`` bytes there are from the addresses on: [lanes, count]."""
+        address = address.view(np.int64)
+        if (address % (size * count)).any():
+            raise ValueError(f"an access of {size * count} bytes is not aligned to them: {text}")
+        at = np.searchsorted(np.array(self.starts), address, side="right") - 1
+        if (at < 0).any() or (address + size * count > np.array(self.ends)[at]).any():
+            raise ValueError(f"an access lies beside every allocation: {text}")
+        return address[:, None] // size + np.arange(count)
+
+
+def _bfloat16(value: Array) -> Array:
+    """float32 rounded to nearest even, as its upper 16 bits."""
+    bits = value.view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(value), 0x7FFF, rounded).astype(np.uint16)
+
+
+def _half(value: Array) -> Array:
+    return value.astype(np.float16).view(np.uint16)
+
+
+def _shift(value: Array, by: Array, left: bool) -> Array:
+    """Shifts by as many bits as there are, or more, leave zeros, or the sign."""
+    bits = value.dtype.itemsize * 8
+    kept = np.minimum(by, bits - 1).astype(value.dtype)
+    if left:
+        return np.where(by < bits, value << kept, 0)
+    return np.where((by < bits) | (value.dtype.kind == "i"), value >> kept, 0)
+
+
+def _permuted(eight: Array, selector: int) -> Array:
+    """Four of eight bytes, or where the selector asks for it their signs, one for every digit of it."""
+    result = np.zeros(len(eight), np.uint32)
+    for at in range(4):
+        digit = selector >> (4 * at)
+        byte = (eight >> np.uint64(8 * (digit & 7))) & np.uint64(0xFF)
+        if digit & 8:
+            byte = np.where(byte & np.uint64(0x80), np.uint64(0xFF), np.uint64(0))
+        result |= (byte << np.uint64(8 * at)).astype(np.uint32)
+    return result
+
+
+_COMPARE: dict[str, Callable[[Array, Array], Array]] = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "equ": lambda a, b: ~((a < b) | (a > b)), "neu": lambda a, b: ~(a == b), "ltu": lambda a, b: ~(a >= b),
+    "leu": lambda a, b: ~(a > b), "gtu": lambda a, b: ~(a <= b), "geu": lambda a, b: ~(a < b),
+    "nan": lambda a, b: np.isnan(a) | np.isnan(b), "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
+}  # fmt: skip
+
+_BINARY: dict[str, Callable[[Array, Array], Array]] = {
+    "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+}  # fmt: skip
+
+
+class Machine:
+    """A grid of programs that executes one kernel: ``lanes`` threads, and every register for all of them."""
+
+    def __init__(self, ptx: str, memory: Memory, programs: int, warps: int, shared_bytes: int) -> None:
+        self.code, self.labels, self.parameters = parse(ptx)
+        self.memory = memory
+        self.threads = threads = warps * WARP
+        self.lanes = programs * threads
+        lane = np.arange(self.lanes)
+        self.special = {
+            "%tid.x": (lane % threads).astype(np.uint32),
+            "%ctaid.x": (lane // threads).astype(np.uint32),
+            "%nctaid.x": np.full(self.lanes, programs, np.uint32),
+        }
+        self.lane = lane
+        self.shared_bytes = -(-max(shared_bytes, _ACCESS) // 256) * 256
+        self.shared = np.full(programs * self.shared_bytes, 0xFF, np.uint8)
+        self.shared_base = (lane // threads) * self.shared_bytes
+        self.registers: dict[str, Array] = {}
+        self.arguments: dict[str, int | float] = {}
+        self.executed = 0  # instructions, of all threads
+
+    def run(self, arguments: Sequence[int | float]) -> None:
+        self.arguments = dict(zip(self.parameters, arguments, strict=True))
+        place = np.zeros(self.lanes, np.int64)
+        end = len(self.code)
+        with np.errstate(all="ignore"):
+            while (first := int(place.min())) < end:
+                together = first == place.max()
+                for at in (first,) if together else np.unique(place[place < end]):
+                    active = self._ready(self.code[at], np.flatnonzero(place == at))
+                    if len(active):
+                        self._step(int(at), self.code[at], active, place)
+                        break
+                else:
+                    raise RuntimeError(f"threads wait for each other at {self.code[first].text}")
+
+    def _ready(self, instruction: Instruction, active: Array) -> Array:
+        """Of threads that are to execute an instruction, those that need not wait for others of their group."""
+        group = {"bar": self.threads}.get(instruction.operation[0])
+        if instruction.operation[0] in ("shfl", "redux", "ldmatrix", "stmatrix"):
+            group = WARP
+        if group is None or len(active) == self.lanes:
+            return active
+        arrived = np.bincount(active // group, minlength=self.lanes // group)
+        return active[arrived[active // group] == group]
+
+    def _step(self, at: int, instruction: Instruction, active: Array, place: Array) -> None:
+        place[active] = at + 1
+        self.executed += len(active)
+        if instruction.predicate is not None:
+            asked = self.registers[instruction.predicate][active] != instruction.negated
+            active = active[asked]
+        if not len(active):
+            return
+        name = instruction.operation[0]
+        if name == "bra":
+            place[active] = self.labels[instruction.operands[0]]
+        elif name in ("ret", "exit"):
+            place[active] = len(self.code)
+        elif name not in ("bar", "createpolicy"):
+            try:
+                self._execute(instruction, active)
+            except (KeyError, ValueError) as error:
+                raise RuntimeError(f"{error}, in {instruction.text}") from error
+
+    # Operands
+
+    def _register(self, name: str) -> Array:
+        """One that was never written holds garbage: NaN."""
+        if name not in self.registers:
+            kind = re.sub(r"\d+$", "", name)
+            if kind == "%p":
+                raise NotImplementedError(f"{name} is read, and was never written")
+            size = {"%rs": 2, "%r": 4, "%f": 4, "%rd": 8, "%fd": 8}[kind]
+            self.registers[name] = np.full(self.lanes, -1 & ((1 << 8 * size) - 1), _unsigned(size))
+        return self.registers[name]
+
+    def _value(self, operand: str, dtype: np.dtype[Any], active: Array) -> Array:
+        if operand in self.special:
+            return self.special[operand][active].view(dtype)
+        if operand.startswith("%"):
+            raw = self._register(operand)[active]
+            if raw.dtype == np.bool_ or raw.dtype.itemsize == dtype.itemsize:
+                return raw if raw.dtype == np.bool_ else raw.view(dtype)
+            return raw.astype(_unsigned(dtype.itemsize)).view(dtype)
+        if operand == "global_smem":
+            return np.zeros(len(active), dtype)
+        if hexadecimal := re.fullmatch(r"0[fd]([0-9A-Fa-f]+)", operand):
+            return np.full(len(active), int(hexadecimal[1], 16), _unsigned(dtype.itemsize)).view(dtype)
+        mask = (1 << 8 * dtype.itemsize) - 1
+        return np.full(len(active), int(operand, 0) & mask, _unsigned(dtype.itemsize)).view(dtype)
+
+    def _predicate(self, operand: str, active: Array) -> Array:
+        kept: Array = self.registers[operand.lstrip("!")][active]
+        return ~kept if operand.startswith("!") else kept
+
+    def _set(self, operand: str, value: Array, active: Array) -> None:
+        if operand == "_":
+            return
+        value = value if value.dtype == np.bool_ else value.view(_unsigned(value.dtype.itemsize))
+        if operand not in self.registers:
+            self.registers[operand] = np.zeros(self.lanes, value.dtype)
+        held = self.registers[operand]
+        if held.dtype.itemsize != value.dtype.itemsize:  # the upper bits of a wider register
+            value = value.astype(held.dtype)
+        held[active] = value
+
+    def _address(self, operand: str, active: Array) -> Array:
+        base, _, offset = operand.strip("[]").replace(" ", "").partition("+")
+        size = 4 if base == "global_smem" or base in self.special else self.registers[base].dtype.itemsize
+        address = self._value(base, np.dtype(f"i{size}"), active).astype(np.int64)
+        return address + (int(offset) if offset else 0)
+
+    # Instructions
+
+    def _execute(self, instruction: Instruction, active: Array) -> None:
+        name, *modifiers = instruction.operation
+        operands = instruction.operands
+        kind = modifiers[-1] if modifiers else ""
+        if name in ("ld", "st"):
+            self._access(name, modifiers, operands, active, instruction.text)
+        elif name in ("ldmatrix", "stmatrix"):
+            self._matrix(name, modifiers, operands, active)
+        elif name == "mov" and kind == "pred":
+            plain = operands[1].lstrip("-").isdigit()
+            self._set(
+                operands[0],
+                np.full(len(active), operands[1] != "0") if plain else self._predicate(operands[1], active),
+                active,
+            )
+        elif name == "mov":
+            self._move(operands, kind, active)
+        elif name == "setp":
+            dtype = _dtype(kind)
+            a, b = (self._value(each, dtype, active) for each in operands[1:3])
+            self._set(operands[0], _COMPARE[modifiers[0]](a, b), active)
+        elif name == "selp":
+            a, b = (self._value(each, _dtype(kind), active) for each in operands[1:3])
+            self._set(operands[0], np.where(self._predicate(operands[3], active), a, b), active)
+        elif name == "cvt":
+            self._convert(operands, modifiers, active)
+        elif name == "shfl":
+            # By the lanes of a warp: all of them are here, whichever way they came.
+            source = self.lane ^ int(operands[2], 0)
+            self._set(operands[0], self.registers[operands[1]][source[active]], active)
+        elif name == "prmt":
+            a, b = (self._value(each, np.dtype("u4"), active).astype(np.uint64) for each in operands[1:3])
+            self._set(operands[0], _permuted(a | (b << np.uint64(32)), int(operands[3].rstrip("U"), 0)), active)
+        elif name == "redux":
+            pick = {("max", False): np.fmax, ("max", True): np.maximum}[modifiers[1], "NaN" in modifiers]
+            warps = self.registers[operands[1]].view(_dtype(kind)).reshape(-1, WARP)
+            self._set(operands[0], np.repeat(pick.reduce(warps, axis=1), WARP)[active], active)
+        elif kind == "pred":
+            values = [self._predicate(each, active) for each in operands[1:]]
+            self._set(operands[0], ~values[0] if name == "not" else _BINARY[name](*values), active)
+        elif kind.endswith("x2"):
+            # Two lanes of a packed register, each in its own half.
+            single = np.dtype(f"{_dtype(kind[:-2]).str}")
+            whole = [self._value(each, _unsigned(2 * single.itemsize), active).view(single) for each in operands[1:]]
+            self._set(
+                operands[0], self._arithmetic(name, modifiers, whole).view(_unsigned(2 * single.itemsize)), active
+            )
+        elif name in ("mul", "mad") and modifiers[0] == "wide":
+            dtype, wide = _dtype(kind), np.dtype(f"{_dtype(kind).kind}{2 * _dtype(kind).itemsize}")
+            result = self._value(operands[1], dtype, active).astype(wide) * self._value(operands[2], dtype, active)
+            self._set(operands[0], result + self._value(operands[3], wide, active) if name == "mad" else result, active)
+        else:
+            dtype = _dtype(kind)
+            amount = np.dtype("u4")
+            dtypes = [dtype, amount, amount] if name in ("shl", "shr", "bfe") else [dtype] * 3
+            values = [self._value(each, of, active) for each, of in zip(operands[1:], dtypes, strict=False)]
+            self._set(operands[0], self._arithmetic(name, modifiers, values), active)
+
+    def _arithmetic(self, name: str, modifiers: list[str], values: list[Array]) -> Array:
+        if name in _BINARY:
+            first, second = values
+            return _BINARY[name](first, second)
+        if name in ("shl", "shr"):
+            return _shift(*values, left=name == "shl")
+        first, dtype = values[0], values[0].dtype
+        if name == "mul":
+            return first * values[1]
+        if name == "fma":  # the product is not rounded: float64 holds that of two float32
+            wider = np.float64 if dtype == np.float32 else np.longdouble
+            return (first.astype(wider) * values[1] + values[2]).astype(dtype)
+        if name == "mad":
+            return first * values[1] + values[2]
+        if name in ("max", "min"):
+            propagates = dtype.kind != "f" or "NaN" in modifiers
+            pick = {"max": (np.fmax, np.maximum), "min": (np.fmin, np.minimum)}[name][propagates]
+            picked: Array = functools.reduce(pick, values)  # of two, or of three
+            return picked
+        if name == "div" and dtype.kind == "f":
+            return first / values[1]
+        if name in ("div", "rem") and dtype.kind != "f":  # towards zero
+            quotient = np.where(values[1] != 0, np.trunc(first / np.where(values[1] == 0, 1, values[1])), 0)
+            quotient = quotient.astype(dtype)
+            return quotient if name == "div" else first - quotient * values[1]
+        if name == "bfe":
+            _, start, length = values
+            bits = 8 * dtype.itemsize
+            above = _shift(first, np.maximum(bits - start.astype(np.int64) - length, 0).astype(np.uint32), left=True)
+            return _shift(above, (bits - length.astype(np.int64)).astype(np.uint32), left=False)
+        unary: dict[str, Callable[[Array], Array]] = {
+            "neg": np.negative, "not": np.invert, "abs": np.abs, "rcp": np.reciprocal, "sqrt": np.sqrt,
+            "ex2": np.exp2, "lg2": np.log2,
+        }  # fmt: skip
+        result = unary[name](first)
+        if "ftz" in modifiers and dtype == np.float32:
+            result = np.where(np.abs(result) < np.finfo(np.float32).tiny, np.float32(0), result)
+        return result
+
+    def _matrix(self, name: str, modifiers: list[str], operands: Sequence[str], active: Array) -> None:
+        """8 x 8 matrices of 16 bits in shared memory: eight threads have the addresses of the rows of each, and every
+        thread of the warp two neighbours of a row, or where transposed of a column."""
+        held, address = operands if name == "ldmatrix" else (operands[1], operands[0])
+        rows = (self._address(address, active) + self.shared_base[active]).reshape(-1, WARP)
+        lane = np.arange(WARP)
+        elements = self.shared.view(np.uint16)
+        for index, register in enumerate(each.strip() for each in held.strip("{}").split(",")):
+            starts = rows[:, 8 * index : 8 * index + 8] // 2
+            pairs = []
+            for neighbour in (0, 1):
+                row, column = lane // 4, 2 * (lane % 4) + neighbour
+                if "trans" in modifiers:
+                    row, column = column, row
+                pairs.append((starts[:, row] + column).reshape(-1))
+            if name == "ldmatrix":
+                low, high = (elements[each].astype(np.uint32) for each in pairs)
+                self._set(register, low | (high << np.uint32(16)), active)
+            else:
+                value = self._value(register, np.dtype("u4"), active)
+                elements[pairs[0]] = value.astype(np.uint16)
+                elements[pairs[1]] = (value >> np.uint32(16)).astype(np.uint16)
+
+    def _move(self, operands: Sequence[str], kind: str, active: Array) -> None:
+        to, source = operands
+        whole = _unsigned(_dtype(kind).itemsize)
+        if to.startswith("{"):
+            parts = [each.strip() for each in to.strip("{}").split(",")]
+            piece = _unsigned(whole.itemsize // len(parts))
+            halves = self._value(source, whole, active).view(piece).reshape(-1, len(parts))
+            for index, part in enumerate(parts):
+                self._set(part, np.ascontiguousarray(halves[:, index]), active)
+        elif source.startswith("{"):
+            parts = [each.strip() for each in source.strip("{}").split(",")]
+            piece = _unsigned(whole.itemsize // len(parts))
+            joined = np.stack([self._value(part, piece, active) for part in parts], 1)
+            self._set(to, np.ascontiguousarray(joined).view(whole)[:, 0], active)
+        else:
+            self._set(to, self._value(source, whole, active), active)
+
+    def _convert(self, operands: Sequence[str], modifiers: list[str], active: Array) -> None:
+        to, of = modifiers[-2:]
+        if to in ("bf16x2", "f16x2"):
+            one = _bfloat16 if to == "bf16x2" else _half
+            high, low = (one(self._value(each, np.dtype("f4"), active)) for each in operands[1:3])
+            self._set(operands[0], low.astype(np.uint32) | (high.astype(np.uint32) << np.uint32(16)), active)
+        elif to in ("bf16", "f16"):
+            value = self._value(operands[1], np.dtype("f4"), active)
+            self._set(operands[0], _bfloat16(value) if to == "bf16" else _half(value), active)
+        elif of == "bf16":
+            bits = self._value(operands[1], np.dtype("u2"), active)
+            self._set(operands[0], (bits.astype(np.uint32) << np.uint32(16)).view(np.float32), active)
+        else:
+            self._set(operands[0], self._value(operands[1], _dtype(of), active).astype(_dtype(to)), active)
+
+    def _access(self, name: str, modifiers: list[str], operands: Sequence[str], active: Array, text: str) -> None:
+        space, kind = modifiers[0], modifiers[-1]
+        dtype = _unsigned(_dtype(kind).itemsize)
+        if space == "param":
+            signed = _dtype(kind)
+            given = self.arguments[operands[1].strip("[]")]
+            if isinstance(given, float):
+                value = np.full(len(active), given, np.float64)
+            else:
+                value = np.full(len(active), given & ((1 << 8 * signed.itemsize) - 1), dtype)
+                if signed.kind == "i" and operands[0].startswith("%rd"):  # into a wider register, with its sign
+                    value = value.view(signed).astype(np.int64)
+            self._set(operands[0], value, active)
+            return
+        held, address = operands[:2] if name == "ld" else (operands[1], operands[0])  # a cache policy may follow
+        names = [each.strip() for each in held.strip("{}").split(",")]
+        at = self._address(address, active)
+        if space == "shared":
+            memory, at = self.shared, at + self.shared_base[active]
+            if (at % (dtype.itemsize * len(names))).any() or (at >= len(memory)).any():
+                raise ValueError(f"an access of shared memory is not aligned, or beside it: {text}")
+            places = at[:, None] // dtype.itemsize + np.arange(len(names))
+        else:
+            memory = self.memory.bytes
+            places = self.memory.places(at, dtype.itemsize, len(names), text)
+        elements = memory.view(dtype)
+        for index, register in enumerate(names):
+            if name == "ld":
+                self._set(register, elements[places[:, index]], active)
+            else:
+                elements[places[:, index]] = self._value(register, dtype, active)
+
+
+def launch(ptx: str, memory: Memory, arguments: Sequence[int | float], programs: int, warps: int, shared: int) -> int:
+    """Runs a kernel. Returns the instructions executed, by all threads together.
+
+    Args:
+        arguments: of the kernel in their order; of a pointer, an address in the memory. Those that Triton adds at the
+            end, for scratch that these kernels do not use, are not among them.
+    """
+    machine = Machine(ptx, memory, programs, warps, shared)
+    machine.run([*arguments, *[0] * (len(machine.parameters) - len(arguments))])
+    return machine.executed
