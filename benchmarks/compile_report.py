@@ -26,7 +26,7 @@ from benchmarks.environment import environment
 from benchmarks.launches import DTYPES, TARGETS, Case, Launch, cases, launches
 from benchmarks.machine_code import Program, parse_gcn, parse_sass
 from benchmarks.progress import progress
-from cot_kernels.backends.triton import statistics
+from cot_kernels.backends.triton import monoid
 
 # The kernels whose work grows with the classes, and how often they move a logit from or to device memory: reading it,
 # reading it and writing its gradient. The second read of value_and_gradient is from the L2 cache.
@@ -88,9 +88,9 @@ def _gcn_accesses(assembly: str, kind: str) -> dict[str, int]:
 
 def _gap_operations(ptx: str) -> list[str]:
     """The operations that PTX attributes to the lines `gap = ...`, where a product must not be contracted into them."""
-    lines = Path(statistics.__file__).read_text().splitlines()
+    lines = Path(monoid.__file__).read_text().splitlines()
     gaps = {number for number, line in enumerate(lines, 1) if line.strip().startswith("gap = ")}
-    files = set(re.findall(r'\.file\s+(\d+)\s+"[^"]*statistics\.py"', ptx))
+    files = set(re.findall(r'\.file\s+(\d+)\s+"[^"]*monoid\.py"', ptx))
     found, at = set(), 0
     for line in ptx.splitlines():
         if location := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
 from torch import Tensor
@@ -129,6 +130,26 @@ def test_rows_side_by_side(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert error <= {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 8e-3}[dtype]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("classes", [1025, 4097, 5001])
+@pytest.mark.parametrize("stride", [0, 3])
+def test_long_rows_that_begin_anywhere_and_are_not_split(classes: int, stride: int) -> None:
+    """More rows than are ever split, each of which begins elsewhere; what lies between them is NaN."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = 2 * backend._multiprocessors(torch.device(device)) + 9
+    assert launch.choose_splits(rows, 9, backend._multiprocessors(torch.device(device))) == 1
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.full((rows, classes + stride), torch.nan, device=device, dtype=torch.bfloat16)
+    logits = wide[:, :classes]
+    logits.copy_(torch.randn(rows, classes, generator=generator))
+    target = torch.randint(classes, (rows,), generator=generator).to(device)
+    loss, saved = backend.loss(logits, target, -100, CrossEntropyObjective(1.0, 0.7), "none")
+    published = oracle.complement_cross_entropy(
+        logits.double().cpu(), target.cpu(), gamma=-0.7 * (classes - 1), reduction="none"
+    )
+    torch.testing.assert_close(loss[0].double().cpu(), published, rtol=3e-6, atol=3e-6)
+
+
 @pytest.mark.parametrize("other", [0, 2])
 def test_classes_that_do_not_adjoin_take_their_stride(other: int) -> None:
     """In any tensor involved: a stride of 0 beside one of 1 is not dense."""
@@ -178,7 +199,7 @@ def test_rows_in_turn_leave_enough_warps(rows: int, classes: int) -> None:
 @pytest.mark.parametrize("classes", [20, 33, 64, 100, 505, 1000, 1001, 1100, 5001])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_rows_in_turn(classes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one after the other, to the last bit: rows of a last program that is not full, ignored ones and strays too."""
+    """As published, and as one after the other to the last bit: in a last program that is not full, ignored or stray."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tile = _tile(matrix(classes, dtype))
     turns = min(tile.turns, 3)
@@ -206,7 +227,17 @@ def test_rows_in_turn(classes: int, dtype: torch.dtype, monkeypatch: pytest.Monk
         assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
     assert one_by_one[0][0, 1] == 0 and one_by_one[0][0, 2].isnan() and one_by_one[0].isnan().sum() == 1
     target[2] = -100
-    losses = outcome()[0]
+    losses, gradient, *_ = outcome()
+    kept = target != -100
+    exact = logits.double().cpu()[kept.cpu()].requires_grad_()
+    published = oracle.complement_cross_entropy(
+        exact, target.cpu()[kept.cpu()], gamma=-0.7 * (classes - 1), reduction="none"
+    )
+    published.sum().backward()
+    assert exact.grad is not None
+    torch.testing.assert_close(losses[0, kept].double().cpu(), published, rtol=3e-6, atol=3e-6)
+    error = (gradient[kept].double().cpu() - exact.grad).norm() / exact.grad.norm()
+    assert error <= {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 8e-3}[dtype]
     mean, saved = backend.loss(logits, target, -100, objective, "mean")
     assert saved[2] is not None and saved[2].item() == pytest.approx(1 / (rows - 2))
     torch.testing.assert_close(mean, losses.sum() / (rows - 2), rtol=1e-5, atol=0)

@@ -21,13 +21,8 @@ from cot_kernels.backends import accumulation_dtype
 from cot_kernels.backends.triton import launch
 from cot_kernels.backends.triton.gradient import gradient_kernel
 from cot_kernels.backends.triton.objectives import device_twin
-from cot_kernels.backends.triton.statistics import (
-    fold_kernel,
-    merge_kernel,
-    reduce_kernel,
-    split_kernel,
-    statistics_kernel,
-)
+from cot_kernels.backends.triton.reduction import fold_kernel, reduce_kernel
+from cot_kernels.backends.triton.statistics import merge_kernel, split_kernel, statistics_kernel
 from cot_kernels.backends.triton.value_and_gradient import value_and_gradient_kernel
 from cot_kernels.objectives import Objective, cross_entropy_of
 

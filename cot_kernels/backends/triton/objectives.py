@@ -35,12 +35,12 @@ def _log1p(x):
 def complement_entropy(log_odds, negentropy, scale, eps, unused):
     miss = _sigmoid(log_odds)  # 1 - p
     guarded = miss + eps
-    # u = 0 where 1 - p underflows, and there u ln u is 0, not 0 * -inf; with eps = 0, u is 1 even at 0 / 0.
-    u = tl.where(guarded > 0, miss / guarded, 1.0)
+    # u = 0 where 1 - p underflows, and there u ln u is 0, not 0 * -inf; with eps = 0, u is 1 even at 0 / 0. A NaN shows.
+    u = tl.where(guarded != 0, miss / guarded, 1.0)
     log_u = tl.where(u > 0, tl.log(u), 0.0)
     loss = scale * u * (negentropy + log_u)
     d_negentropy = scale * u
-    at_target = tl.where(guarded > 0, _sigmoid(-log_odds) * eps / guarded, 0.0)
+    at_target = tl.where(guarded != 0, _sigmoid(-log_odds) * eps / guarded, 0.0)
     return loss, (loss + d_negentropy) * at_target, d_negentropy
 
 
@@ -50,9 +50,9 @@ def guided_complement_entropy(log_odds, negentropy, scale, eps, alpha):
     p = _sigmoid(-log_odds)
     miss = _sigmoid(log_odds)
     guided = p + eps
-    guide = tl.where(guided > 0, tl.exp(alpha * tl.log(guided)), tl.where(alpha > 0, 0.0, 1.0))
+    guide = tl.where(guided != 0, tl.exp(alpha * tl.log(guided)), tl.where(alpha > 0, 0.0, 1.0))
     # p (1 - p) / (p + eps) is 0 / 0 where p underflows and eps = 0; its limit there is 1.
-    ratio = tl.where(guided > 0, p * miss / guided, miss)
+    ratio = tl.where(guided != 0, p * miss / guided, miss)
     return guide * loss, guide * (d_log_odds - alpha * ratio * loss), guide * d_negentropy
 
 

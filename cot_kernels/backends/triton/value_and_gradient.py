@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 
 from cot_kernels.backends.triton.gradient import write_ends, write_rows, write_tile
+from cot_kernels.backends.triton.monoid import of_whole_rows, read_row
 from cot_kernels.backends.triton.objectives import cross_entropy
-from cot_kernels.backends.triton.statistics import of_whole_rows, read_row, row_values
+from cot_kernels.backends.triton.statistics import row_values
 from cot_kernels.backends.triton.tiles import (
     LN2,
     first_classes,

@@ -1,0 +1,255 @@
+"""Three numbers a row, from which all losses follow, and how they are read and merged.
+
+    m = max_{j != g} z_j     s = sum_{j != g} 2^{y_j}     t = sum_{j != g} 2^{y_j} y_j,     y_j = (z_j - m) log2 e
+
+The kernels count in units of log2, where the exponential is a single instruction and the scaling by log2 e merges with
+the subtraction of the maximum.
+
+A tile of BLOCK = LANES * VEC classes of a long row is folded into one running (m, s, t) a lane: the maximum over VEC
+neighbours, which one thread holds, costs no exchange between threads, and one rescaling serves VEC classes. Lanes (and
+splits of a row) are merged at the end by the rule of the monoid:
+
+    m = max(m_1, m_2)    s = sum_i s_i 2^{m_i - m}    t = sum_i 2^{m_i - m} (t_i + (m_i - m) s_i)
+
+Of rows that fit a tile the maximum is known before the first exponential, and nothing is rescaled.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from cot_kernels.backends.triton.tiles import (
+    FLOOR,
+    LOG2E,
+    first_classes,
+    hint,
+    is_interior,
+    load_rows,
+    misalignment,
+    row_pointers,
+    step_back,
+)
+
+
+@triton.jit
+def merge(shift, total, moment, axis: tl.constexpr):
+    """Merges the running statistics along an axis."""
+    merged = tl.max(shift, axis)
+    gap = shift - tl.expand_dims(merged, axis)
+    weight = tl.exp2(gap)
+    return merged, tl.sum(total * weight, axis), tl.sum(weight * (moment + gap * total), axis)
+
+
+@triton.jit
+def finite(y):
+    """Without -inf, for 0 * -inf would make the moment NaN. The NaN of a logit is let through."""
+    return tl.maximum(y, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def fold(z, shift, total, moment):
+    """Folds a tile z [ROWS, LANES, VEC] into the running statistics [ROWS, LANES].
+
+    What is carried is the shift m log2 e as it was rounded, and not m: the compiler would contract m log2 e - shift to
+    one multiply-add, whose product is not rounded. The gap of equal maxima would be that rounding instead of 0, once
+    a tile, and of lanes that are still at the floor 6e21, with 0 * inf behind it.
+    """
+    raised = tl.maximum(shift, tl.max(z, 2) * LOG2E)
+    y = finite(z * LOG2E - raised[:, :, None])
+    weight = tl.exp2(y)
+    gap = shift - raised
+    rescale = tl.exp2(gap)
+    moment = rescale * (moment + gap * total) + tl.sum(weight * y, 2)
+    return raised, rescale * total + tl.sum(weight, 2), moment
+
+
+@triton.jit
+def read_row(
+    aligned,
+    head,
+    target,
+    first,
+    last,
+    num_classes,
+    dtype: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    EVICTION: tl.constexpr,
+):
+    """(m, s, t), [1] each, of the tiles ``first`` to ``last`` of one row; see :func:`.tiles.step_back`."""
+    BLOCK: tl.constexpr = LANES * VEC
+    shift = tl.full([1, LANES], FLOOR, dtype)
+    total = tl.zeros([1, LANES], dtype)
+    moment = tl.zeros([1, LANES], dtype)
+    columns = tl.arange(0, BLOCK)
+    for tile in range(first, last):
+        start = tile * BLOCK - head
+        pointers = aligned + (tile * BLOCK + columns)
+        if is_interior(start, target, num_classes, BLOCK):
+            z = tl.load(pointers, eviction_policy=EVICTION).to(dtype)
+        else:
+            classes = start + columns
+            kept = (classes >= 0) & (classes < num_classes) & (classes != target)
+            z = tl.load(pointers, mask=kept, other=-float("inf"), eviction_policy=EVICTION).to(dtype)
+        shift, total, moment = fold(tl.reshape(z, [1, LANES, VEC]), shift, total, moment)
+    return merge(shift, total, moment, 1)
+
+
+@triton.jit
+def of_row(head, target, num_classes, ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    """Which of BLOCK places from the boundary before a row are classes of it, without the target: [ROWS, BLOCK].
+
+    By a bit a place, an access at a time: cheaper than comparisons a place.
+    """
+    access = tl.arange(0, BLOCK // VEC)[None, :] * VEC
+    before = tl.minimum(tl.maximum(head[:, None] - access, 0), VEC)
+    after = tl.minimum(tl.maximum(head[:, None] + num_classes - access, 0), VEC)
+    bits = (1 << after) - (1 << before)
+    at = head[:, None] + target[:, None] - access
+    bits &= ~tl.where((at >= 0) & (at < VEC), 1 << (at & (VEC - 1)), 0)
+    kept = (bits[:, :, None] >> tl.arange(0, VEC)[None, None, :]) & 1
+    return tl.reshape(kept, [ROWS, BLOCK]) != 0
+
+
+@triton.jit
+def of_whole_rows(
+    z,
+    classes,
+    head,
+    target,
+    num_classes,
+    dtype: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """(m, s, t) of ROWS rows that fit a tile, of what :func:`.tiles.load_rows` found there: nothing is rescaled."""
+    kept = of_row(head, target, num_classes, ROWS, BLOCK, VEC) if HEADS else classes != target[:, None]
+    z = tl.where(kept, z.to(dtype), -float("inf"))
+    shift = tl.maximum(tl.max(z, 1) * LOG2E, FLOOR)
+    y = finite(z * LOG2E - shift[:, None])
+    weight = tl.exp2(y)
+    return shift, tl.sum(weight, 1), tl.sum(weight * y, 1)
+
+
+@triton.jit
+def read_whole_rows(
+    base,
+    target,
+    wanted,
+    num_classes,
+    dtype: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    head = first_classes(base, ROWS, VEC, HEADS)
+    z, classes, _ = load_rows(base, head, 0, wanted, num_classes, 1, BLOCK, VEC, ALIGN, HEADS, -float("inf"))
+    return of_whole_rows(z, classes, head, target, num_classes, dtype, ROWS, BLOCK, VEC, HEADS)
+
+
+@triton.jit
+def read_side_by_side(
+    base,
+    target,
+    inside,
+    wanted,
+    num_classes,
+    stride_k,
+    dtype: tl.constexpr,
+    ROWS: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """(m, s, t) of ROWS rows, of which each thread reads its own, class after class.
+
+    One access may read several rows, whichever of them are wanted.
+    """
+    shift = tl.full([ROWS, 1], FLOOR, dtype)
+    total = tl.zeros([ROWS, 1], dtype)
+    moment = tl.zeros([ROWS, 1], dtype)
+    head = first_classes(base, ROWS, VEC, False)
+    for start in range(0, num_classes, VEC):
+        z, classes, _ = load_rows(base, head, start, inside, num_classes, stride_k, VEC, VEC, 1, False, -float("inf"))
+        kept = classes != target[:, None]
+        kept &= wanted[:, None]
+        z = tl.where(kept, z.to(dtype), -float("inf"))
+        shift, total, moment = fold(tl.reshape(z, [ROWS, 1, VEC]), shift, total, moment)
+    return merge(shift, total, moment, 1)
+
+
+@triton.jit
+def read_one(
+    logits_pointer,
+    target_pointer,
+    row,
+    num_classes,
+    inner,
+    stride_n,
+    stride_d,
+    ignore_index,
+    dtype: tl.constexpr,
+    LONG: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """(m, s, t), [1] each, of a row; of an ignored one, without reading it."""
+    BLOCK: tl.constexpr = LANES * VEC
+    shift = tl.full([1], FLOOR, dtype)
+    total = tl.zeros([1], dtype)
+    moment = tl.zeros([1], dtype)
+    wide_target = tl.load(target_pointer + row).to(tl.int64)
+    if wide_target != ignore_index:
+        target = wide_target.to(tl.int32)  # whichever class that is where it is out of range: the row will be NaN
+        # Long rows find their boundary by themselves: their stride need not be a multiple of anything.
+        base = row_pointers(logits_pointer, row, inner, stride_n if LONG else hint(stride_n, ALIGN), stride_d)
+        if LONG:
+            head = misalignment(base, ALIGN)
+            shift, total, moment = read_row(
+                step_back(base, head, ALIGN), head, target, 0, tl.cdiv(num_classes + head, BLOCK), num_classes,
+                dtype, LANES, VEC, "",
+            )  # fmt: skip
+        else:
+            one = tl.arange(0, 1)
+            shift, total, moment = read_whole_rows(
+                base + one, target + one, one == 0, num_classes, dtype, 1, BLOCK, VEC, ALIGN, HEADS
+            )
+    return shift, total, moment
+
+
+@triton.jit
+def read_several(
+    logits_pointer,
+    rows,
+    target,
+    wanted,
+    num_rows,
+    num_classes,
+    inner,
+    stride_n,
+    stride_k,
+    stride_d,
+    dtype: tl.constexpr,
+    ACROSS: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """(m, s, t) of ROWS short rows."""
+    base = row_pointers(logits_pointer, rows, inner, hint(stride_n, ALIGN), stride_d)
+    if ACROSS:
+        shift, total, moment = read_side_by_side(
+            base, target, rows < num_rows, wanted, num_classes, stride_k, dtype, ROWS, VEC
+        )
+    else:
+        shift, total, moment = read_whole_rows(
+            base, target, wanted, num_classes, dtype, ROWS, LANES * VEC, VEC, ALIGN, HEADS
+        )
+    return shift, total, moment
