@@ -47,6 +47,33 @@ class Instruction:
     text: str
 
 
+# What the kernels compile to, with every modifier: another one may mean something else.
+_INT, _UINT, _FLOAT = r"[su](16|32|64)", r"u(16|32|64)", r"f(32|64)"
+_KNOWN = re.compile(
+    "|".join(
+        (
+            r"ld\.param\.[busf](8|16|32|64)",
+            r"ld\.global(\.L1::evict_\w+)?(\.L2::cache_hint)?(\.v[24])?\.b(8|16|32|64)",
+            r"st\.global(\.v[24])?\.b(8|16|32|64)",
+            r"(ld|st)\.shared(\.v[24])?\.b(8|16|32|64)",
+            r"(ld|st)matrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared\.b16",
+            r"mov\.([busf](16|32|64)|pred)",
+            r"setp\.(eq|ne|lt|le|gt|ge|equ|neu|ltu|leu|gtu|geu|nan|num)\.[busf](16|32|64)",
+            r"selp\.[busf](16|32|64)",
+            rf"cvt\.[su](8|16|32|64)\.[su](8|16|32|64)|cvt\.{_FLOAT}\.(bf16|f16)|cvt\.rn\.b?f16(x2)?\.f32",
+            r"cvt\.rn\.f32\.(f64|s32|u32)|cvt\.f64\.f32|cvt\.rn\.f64\.[su](32|64)",
+            r"shfl\.sync\.(bfly|idx)\.b32|redux\.sync\.max(\.NaN)?\.f32|prmt\.b32",
+            r"(and|or|xor|not)\.(b(16|32|64)|pred)|(add|sub)\.s16x2",
+            rf"(add|sub|mul\.lo|mad\.lo|div|rem|max|min|neg|abs|shr)\.{_INT}|shl\.b(16|32|64)|shr\.{_UINT}",
+            r"(mul|mad)\.wide\.[su](16|32)|bfe\.[su]32",
+            r"(add|sub|mul)(\.rn)?(\.ftz)?\.(f32|f64|f32x2)|fma\.rn(\.ftz)?\.(f32|f64|f32x2)",
+            rf"(max|min)(\.NaN)?\.{_FLOAT}|(neg|abs)(\.ftz)?\.{_FLOAT}|div\.(full\.f32|rn\.f32|rn\.f64)",
+            r"(ex2|lg2|rcp|sqrt)\.approx(\.ftz)?\.f32|rcp\.approx\.ftz\.f64",
+            r"bar\.(warp\.)?sync|bra(\.uni)?|ret|createpolicy\.fractional\.L2::\w+\.b64",
+        )
+    )
+)
+
 _LINE = re.compile(r"^(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*?);?$")
 
 
@@ -64,8 +91,8 @@ def parse(ptx: str) -> tuple[list[Instruction], dict[str, int], list[str]]:
                 labels[text[:-1]] = len(instructions)
             elif text and not text.startswith("."):
                 found = _LINE.match(text)
-                if found is None:
-                    raise ValueError(f"not understood: {text}")
+                if found is None or not _KNOWN.fullmatch(found[3]):
+                    raise NotImplementedError(f"not understood: {text}")
                 operands = tuple(each.strip() for each in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", found[4]))
                 operation = tuple(re.split(r"\.|::", found[3]))
                 instructions.append(Instruction(operation, operands, found[2], found[1] == "!", text))
@@ -77,7 +104,8 @@ class Memory:
 
     def __init__(self) -> None:
         self.starts: list[int] = []
-        self.ends: list[int] = []
+        self.contents: list[int] = []  # where they end
+        self.ends: list[int] = []  # and the last access of 16 bytes
         self.bytes = np.zeros(_PAGE, np.uint8)
 
     def allocate(self, content: bytes) -> int:
@@ -87,16 +115,21 @@ class Memory:
         room[: len(content)] = np.frombuffer(content, np.uint8)
         self.bytes = np.concatenate((self.bytes, room))
         self.starts.append(start)
+        self.contents.append(start + len(content))
         self.ends.append(start + padded)
         return start
 
     def places(self, address: Array, size: int, count: int, text: str) -> Array:
-        """Which elements of ``size`` bytes there are from the addresses on: [lanes, count]."""
+        """Which elements of ``size`` bytes there are from the addresses on: [lanes, count].
+
+        A load may take what fills up the last 16 bytes of an allocation, a store may not.
+        """
         address = address.view(np.int64)
         if (address % (size * count)).any():
             raise ValueError(f"an access of {size * count} bytes is not aligned to them: {text}")
         at = np.searchsorted(np.array(self.starts), address, side="right") - 1
-        if (at < 0).any() or (address + size * count > np.array(self.ends)[at]).any():
+        ends = np.array(self.contents if "st.global" in text else self.ends)
+        if (at < 0).any() or (address + size * count > ends[at]).any():
             raise ValueError(f"an access lies beside every allocation: {text}")
         return address[:, None] // size + np.arange(count)
 
@@ -110,6 +143,10 @@ def _bfloat16(value: Array) -> Array:
 
 def _half(value: Array) -> Array:
     return value.astype(np.float16).view(np.uint16)
+
+
+def _flushed(value: Array) -> Array:
+    return np.where(np.abs(value) < np.finfo(np.float32).tiny, value * np.float32(0), value)
 
 
 def _shift(value: Array, by: Array, left: bool) -> Array:
@@ -185,7 +222,7 @@ class Machine:
     def _ready(self, instruction: Instruction, active: Array) -> Array:
         """Of threads that are to execute an instruction, those that need not wait for others of their group."""
         group = {"bar": self.threads}.get(instruction.operation[0])
-        if instruction.operation[0] in ("shfl", "redux", "ldmatrix", "stmatrix"):
+        if instruction.operation[0] in ("shfl", "redux", "ldmatrix", "stmatrix") or "warp" in instruction.operation:
             group = WARP
         if group is None or len(active) == self.lanes:
             return active
@@ -289,8 +326,10 @@ class Machine:
             self._convert(operands, modifiers, active)
         elif name == "shfl":
             # By the lanes of a warp: all of them are here, whichever way they came.
-            source = self.lane ^ int(operands[2], 0)
-            self._set(operands[0], self.registers[operands[1]][source[active]], active)
+            by = self._value(operands[2], np.dtype("u4"), active).astype(np.int64)
+            first = active // WARP * WARP
+            source = active ^ by if "bfly" in modifiers else first + by % WARP
+            self._set(operands[0], self.registers[operands[1]][source], active)
         elif name == "prmt":
             a, b = (self._value(each, np.dtype("u4"), active).astype(np.uint64) for each in operands[1:3])
             self._set(operands[0], _permuted(a | (b << np.uint64(32)), int(operands[3].rstrip("U"), 0)), active)
@@ -320,6 +359,12 @@ class Machine:
             self._set(operands[0], self._arithmetic(name, modifiers, values), active)
 
     def _arithmetic(self, name: str, modifiers: list[str], values: list[Array]) -> Array:
+        """Of which ``ftz`` takes subnormal numbers for zeros, before and after."""
+        flush = "ftz" in modifiers and values[0].dtype == np.float32
+        result = self._exact(name, modifiers, [_flushed(each) for each in values] if flush else values)
+        return _flushed(result) if flush else result
+
+    def _exact(self, name: str, modifiers: list[str], values: list[Array]) -> Array:
         if name in _BINARY:
             first, second = values
             return _BINARY[name](first, second)
@@ -353,10 +398,7 @@ class Machine:
             "neg": np.negative, "not": np.invert, "abs": np.abs, "rcp": np.reciprocal, "sqrt": np.sqrt,
             "ex2": np.exp2, "lg2": np.log2,
         }  # fmt: skip
-        result = unary[name](first)
-        if "ftz" in modifiers and dtype == np.float32:
-            result = np.where(np.abs(result) < np.finfo(np.float32).tiny, np.float32(0), result)
-        return result
+        return unary[name](first)
 
     def _matrix(self, name: str, modifiers: list[str], operands: Sequence[str], active: Array) -> None:
         """8 x 8 matrices of 16 bits in shared memory: eight threads have the addresses of the rows of each, and every
@@ -431,8 +473,10 @@ class Machine:
         names = [each.strip() for each in held.strip("{}").split(",")]
         at = self._address(address, active)
         if space == "shared":
-            memory, at = self.shared, at + self.shared_base[active]
-            if (at % (dtype.itemsize * len(names))).any() or (at >= len(memory)).any():
+            size = dtype.itemsize * len(names)
+            memory, within = self.shared, (at >= 0) & (at + size <= self.shared_bytes)
+            at = at + self.shared_base[active]
+            if (at % size).any() or not within.all():
                 raise ValueError(f"an access of shared memory is not aligned, or beside it: {text}")
             places = at[:, None] // dtype.itemsize + np.arange(len(names))
         else:

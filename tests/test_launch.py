@@ -143,7 +143,7 @@ def test_long_rows_that_begin_anywhere_and_are_not_split(classes: int, stride: i
     logits = wide[:, :classes]
     logits.copy_(torch.randn(rows, classes, generator=generator))
     target = torch.randint(classes, (rows,), generator=generator).to(device)
-    loss, saved = backend.loss(logits, target, -100, CrossEntropyObjective(1.0, 0.7), "none")
+    loss, _ = backend.loss(logits, target, -100, CrossEntropyObjective(1.0, 0.7), "none")
     published = oracle.complement_cross_entropy(
         logits.double().cpu(), target.cpu(), gamma=-0.7 * (classes - 1), reduction="none"
     )
@@ -199,7 +199,7 @@ def test_rows_in_turn_leave_enough_warps(rows: int, classes: int) -> None:
 @pytest.mark.parametrize("classes", [20, 33, 64, 100, 505, 1000, 1001, 1100, 5001])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_rows_in_turn(classes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As published, and as one after the other to the last bit: in a last program that is not full, ignored or stray."""
+    """As published, and as one by one to the last bit: also in a last program that is not full, ignored and stray."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tile = _tile(matrix(classes, dtype))
     turns = min(tile.turns, 3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import ptx
 import pytest
@@ -117,12 +119,42 @@ $end:
         ("ld.global.b32 { %r9 }, [ %rd2 + 4 ];", "lies beside every allocation"),
         ("add.s64 %rd3, %rd2, -4;\n st.global.b32 [ %rd3 + 0 ], { %r2 };", "lies beside every allocation"),
         ("mov.b32 %r3, 254;\n ld.shared.b32 %r9, [%r3];", "shared memory is not aligned"),
-        ("tanh.approx.f32 %r9, %r2;", "tanh"),
+        ("mov.b32 %r3, 256;\n ld.shared.b32 %r9, [%r3];", "shared memory is not aligned, or beside it"),
+        ("mov.b32 %r3, -4;\n st.shared.b32 [%r3], %r2;", "shared memory is not aligned, or beside it"),
+        ("tanh.approx.f32 %r9, %r2;", "not understood: tanh"),
+        ("mul.hi.u32 %r9, %r2, 4;", "not understood: mul.hi"),
+        ("shfl.sync.down.b32 %r9, %r2, 1, 31, -1;", "not understood: shfl.sync.down"),
+        ("setp.lt.and.u32 %p1, %r2, 3, %p2;", "not understood: setp.lt.and"),
+        ("cvt.rni.s32.f32 %r9, %r2;", "not understood: cvt.rni"),
+        ("ld.global.s8 %r9, [%rd2];", "not understood: ld.global.s8"),
     ],
 )
 def test_what_a_gpu_would_not_do_is_an_error(body: str, message: str) -> None:
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(RuntimeError, match=re.escape(message)):
         run(body)
+
+
+def test_what_lies_behind_a_tensor_is_read_and_not_written() -> None:
+    """An access of 16 bytes that begins within a tensor lies within its allocation."""
+    store = "add.s64 %rd3, %rd2, 4;\n st.global.b32 [ %rd3 + 0 ], { %r2 };"
+    load = "ld.global.b32 { %r9 }, [ %rd2 + 4 ];"
+    content = np.zeros(33, np.uint32)
+    run(load + store, content)
+    memory = ptx.Memory()
+    start = memory.allocate(content[:31].tobytes())
+    with pytest.raises(RuntimeError, match="beside every allocation: st"):
+        ptx.launch(KERNEL.format(body="mov.b32 %r9, 0;"), memory, [start, 0], programs=1, warps=1, shared=0)
+
+
+def test_subnormal_numbers_are_flushed_where_it_is_asked_for() -> None:
+    values = np.full(32, 2.0**-140, np.float32)
+    load = "ld.global.b32 { %r3 }, [ %rd2 + 0 ];\n mov.b32 %r4, 0f3F800000;\n mov.b32 %r5, 0f00000000;\n"
+    assert (run(load + "fma.rn.f32 %r9, %r3, %r4, %r5;", values) == values).all()
+    assert (run(load + "fma.rn.ftz.f32 %r9, %r3, %r4, %r5;", values) == 0).all()
+
+
+def test_threads_read_from_a_lane() -> None:
+    assert (run("shfl.sync.idx.b32 %r9, %r2, 5, 31, -1;") == 5).all()
 
 
 def test_layouts_are_exchanged_by_matrices() -> None:

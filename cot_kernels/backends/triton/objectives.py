@@ -35,7 +35,8 @@ def _log1p(x):
 def complement_entropy(log_odds, negentropy, scale, eps, unused):
     miss = _sigmoid(log_odds)  # 1 - p
     guarded = miss + eps
-    # u = 0 where 1 - p underflows, and there u ln u is 0, not 0 * -inf; with eps = 0, u is 1 even at 0 / 0. A NaN shows.
+    # u = 0 where 1 - p underflows, and there u ln u is 0, not 0 * -inf; with eps = 0, u is 1 even at 0 / 0. A NaN
+    # is not 0, and shows.
     u = tl.where(guarded != 0, miss / guarded, 1.0)
     log_u = tl.where(u > 0, tl.log(u), 0.0)
     loss = scale * u * (negentropy + log_u)
