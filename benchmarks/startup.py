@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -106,7 +107,9 @@ def variants(rows: int, classes: int, itemsize: int) -> Iterator[Variant]:
         )
         for ends_written in (False, True)
     )
-    tiles = -(-(classes + tile.overhang) // tile.block)
+    tiles, written_tiles = (-(-(classes + each.overhang) // each.block) for each in (tile, written))
+    # How far a long row may begin from a boundary does not show in its kernels.
+    tile, written = (replace(each, heads=each.heads and not each.long) for each in (tile, written))
     splits = launch.choose_splits(rows, tiles, MULTIPROCESSORS) if tile.long else 1
     # Rows and classes, and the strides: classes, 1, and that of an absent dimension, 0.
     integers = tuple(specialization(number) for number in (rows, classes, 1, classes, 1, 0))
@@ -122,9 +125,8 @@ def variants(rows: int, classes: int, itemsize: int) -> Iterator[Variant]:
         yield ("fold", specialization(programs))
         programs = -(-programs // launch.FOLD_BLOCK)
     yield ("reduce", specialization(programs))
-    tiles = -(-(classes + written.overhang) // written.block)
-    turns = launch.choose_turns(written, rows, tiles, MULTIPROCESSORS)
-    yield ("gradient", written, *integers, specialization(tiles), specialization(turns))
+    turns = launch.choose_turns(written, rows, written_tiles, MULTIPROCESSORS)
+    yield ("gradient", written, *integers, specialization(written_tiles), specialization(turns))
 
 
 def count(rows: int, itemsize: int, classes: Iterable[int] = CLASSES) -> dict[str, int]:

@@ -142,7 +142,7 @@ def _forward(
             LANES=tile.lanes,
             VEC=tile.vec,
             ALIGN=tile.align,
-            HEADS=tile.heads,
+            HEADS=tile.heads and not tile.long,  # long rows look for their boundary anyway
             num_warps=tile.warps,
         )  # fmt: skip
     return values, target, state
@@ -208,7 +208,7 @@ def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None
             BLOCK=tile.block,
             VEC=tile.vec,
             ALIGN=tile.align,
-            HEADS=tile.heads,
+            HEADS=tile.heads and not tile.long,  # long rows look for their boundary anyway
             num_warps=tile.warps,
             **_register_limit(tile),
         )  # fmt: skip
@@ -281,7 +281,7 @@ def value_and_gradient(
             LANES=tile.lanes,
             VEC=tile.vec,
             ALIGN=tile.align,
-            HEADS=tile.heads,
+            HEADS=tile.heads and not tile.long,  # long rows look for their boundary anyway
             num_warps=tile.warps,
         )  # fmt: skip
     return values
