@@ -143,6 +143,9 @@ def test_both_passes_are_predicted_to_reach_the_goal(reports: list[dict[str, Any
                 kernels[report["kernel"]] = min(each["share"], kernels.get(report["kernel"], 1.0))
     assert shares or reports[0]["case"]["target"] == "gfx942"
     for (gpu, layout, classes), kernels in shares.items():
+        if len(kernels) < 2:  # long rows of a wider tensor have the forward kernel of any that begin anywhere
+            assert (layout, list(kernels)) == ("long, sliced", ["gradient"])
+            continue
         share = both_passes(kernels["statistics"], kernels["gradient"])
         known_gap = gpu == "B200" and layout in ("short, odd", "short, sliced")
         assert share >= (0.75 if known_gap else 0.9), (gpu, layout, classes, share)
