@@ -126,7 +126,8 @@ def variants(rows: int, classes: int, itemsize: int) -> Iterator[Variant]:
         programs = -(-programs // launch.FOLD_BLOCK)
     yield ("reduce", specialization(programs))
     turns = launch.choose_turns(written, rows, written_tiles, MULTIPROCESSORS)
-    yield ("gradient", written, *integers, specialization(written_tiles), specialization(turns))
+    # Of these the kernel is told that they are 1, and no more.
+    yield ("gradient", written, *integers, int(written_tiles == 1), int(turns == 1))
 
 
 def count(rows: int, itemsize: int, classes: Iterable[int] = CLASSES) -> dict[str, int]:

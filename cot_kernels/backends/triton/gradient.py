@@ -141,7 +141,7 @@ def write_ends(
     tl.store(grad_base[:, None] + classes, grad.to(grad_base.dtype.element_ty), mask=mask & inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tiles", "turns"])
 def gradient_kernel(
     logits_pointer,
     target_pointer,
