@@ -144,6 +144,8 @@ def _forward(
             ALIGN=tile.align,
             HEADS=tile.heads and not tile.long,  # long rows look for their boundary anyway
             num_warps=tile.warps,
+            # In half precision it takes fewer by itself, and a limit only keeps it from that.
+            **(_register_limit(tile) if logits.itemsize == 4 else {}),
         )  # fmt: skip
     return values, target, state
 
@@ -175,7 +177,7 @@ def loss(
 
 def _register_limit(tile: launch.Tile) -> dict[str, int]:
     """An option of NVIDIA's compiler alone."""
-    return {"maxnreg": launch.GRADIENT_REGISTERS} if tile.long and torch.version.hip is None else {}
+    return {"maxnreg": launch.REGISTERS} if tile.long and torch.version.hip is None else {}
 
 
 def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None = None) -> Tensor:

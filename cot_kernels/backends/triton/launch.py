@@ -15,9 +15,9 @@ PROGRAMS_PER_MULTIPROCESSOR = 4
 # forward pass takes no rows in turn: programs that start together end together, and the last ones leave others idle.
 WARPS_PER_MULTIPROCESSOR = 256
 
-# Registers of a thread of the gradient kernel for long rows: 64 let four programs of 256 threads, or eight of 128,
-# share a multiprocessor, which then has 32 KiB of logits under way. Left alone the compiler takes up to 128.
-GRADIENT_REGISTERS = 64
+# Registers of a thread of the kernels for long rows, at most: 64 let four programs of 256 threads, or eight of 128,
+# share a multiprocessor, which then has 32 KiB of logits under way. Left alone the compiler takes up to 128 backward.
+REGISTERS = 64
 
 # Of more partial sums than this the last program would take longer, a turn's latency after the other, than all before.
 FOLD_BLOCK = 4096
