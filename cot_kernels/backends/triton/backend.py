@@ -144,8 +144,8 @@ def _forward(
             ALIGN=tile.align,
             HEADS=tile.heads and not tile.long,  # long rows look for their boundary anyway
             num_warps=tile.warps,
-            # In half precision it takes fewer by itself, and a limit only keeps it from that.
-            **(_register_limit(tile) if logits.itemsize == 4 else {}),
+            # Any other takes fewer by itself, and a limit only costs instructions.
+            **(_register_limit(tile) if logits.itemsize == 4 and tile.turns == 1 else {}),
         )  # fmt: skip
     return values, target, state
 
