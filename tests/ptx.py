@@ -158,14 +158,14 @@ def _shift(value: Array, by: Array, left: bool) -> Array:
     return np.where((by < bits) | (value.dtype.kind == "i"), value >> kept, 0)
 
 
-def _permuted(eight: Array, selector: int) -> Array:
+def _permuted(eight: Array, selector: Array) -> Array:
     """Four of eight bytes, or where the selector asks for it their signs, one for every digit of it."""
     result = np.zeros(len(eight), np.uint32)
     for at in range(4):
-        digit = selector >> (4 * at)
-        byte = (eight >> np.uint64(8 * (digit & 7))) & np.uint64(0xFF)
-        if digit & 8:
-            byte = np.where(byte & np.uint64(0x80), np.uint64(0xFF), np.uint64(0))
+        digit = selector >> np.uint64(4 * at)
+        byte = (eight >> np.uint64(8) * (digit & np.uint64(7))) & np.uint64(0xFF)
+        sign = np.where(byte & np.uint64(0x80), np.uint64(0xFF), np.uint64(0))
+        byte = np.where(digit & np.uint64(8), sign, byte)
         result |= (byte << np.uint64(8 * at)).astype(np.uint32)
     return result
 
@@ -273,7 +273,7 @@ class Machine:
         if hexadecimal := re.fullmatch(r"0[fd]([0-9A-Fa-f]+)", operand):
             return np.full(len(active), int(hexadecimal[1], 16), _unsigned(dtype.itemsize)).view(dtype)
         mask = (1 << 8 * dtype.itemsize) - 1
-        return np.full(len(active), int(operand, 0) & mask, _unsigned(dtype.itemsize)).view(dtype)
+        return np.full(len(active), int(operand.rstrip("U"), 0) & mask, _unsigned(dtype.itemsize)).view(dtype)
 
     def _predicate(self, operand: str, active: Array) -> Array:
         kept: Array = self.registers[operand.lstrip("!")][active]
@@ -331,8 +331,8 @@ class Machine:
             source = active ^ by if "bfly" in modifiers else first + by % WARP
             self._set(operands[0], self.registers[operands[1]][source], active)
         elif name == "prmt":
-            a, b = (self._value(each, np.dtype("u4"), active).astype(np.uint64) for each in operands[1:3])
-            self._set(operands[0], _permuted(a | (b << np.uint64(32)), int(operands[3].rstrip("U"), 0)), active)
+            a, b, selector = (self._value(each, np.dtype("u4"), active).astype(np.uint64) for each in operands[1:])
+            self._set(operands[0], _permuted(a | (b << np.uint64(32)), selector), active)
         elif name == "redux":
             pick = {("max", False): np.fmax, ("max", True): np.maximum}[modifiers[1], "NaN" in modifiers]
             warps = self.registers[operands[1]].view(_dtype(kind)).reshape(-1, WARP)

@@ -61,6 +61,9 @@ def test_integers() -> None:
     assert (run("add.s32 %r3, %r2, 16;\n shl.b32 %r9, 1, %r3;")[16:] == 0).all()  # no machine's wrap around 32
     assert (run("mov.b32 %r3, -8;\n add.s32 %r4, %r2, 30;\n shr.s32 %r9, %r3, %r4;").view(np.int32) == -1).all()
     assert (run("mov.b32 %r3, 0x11223344;\n prmt.b32 %r9, %r3, 0, 0x7701U;") == 0x4433).all()
+    assert (run("mov.b32 %r3, 0x91223344;\n prmt.b32 %r9, %r3, 0, 0x77BBU;") == 0xFFFF).all()
+    by_lane = run("mov.b32 %r3, 0x11223344;\n prmt.b32 %r9, %r3, 0, %r2;")  # every other digit is 0
+    assert by_lane[[0, 1, 2, 3, 0x10]].tolist() == [0x44444444, 0x44444433, 0x44444422, 0x44444411, 0x44443344]
 
 
 def test_half_precision_rounds_to_even() -> None:
