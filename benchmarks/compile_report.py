@@ -54,7 +54,9 @@ class Report:
     a_row: int | None = None  # of a program that takes rows in turn: instructions of a thread a row, beside the tiles
     once: int | None = None  # instructions of a thread beside the turns: entry, reduction, objective, exit
     executed_per_logit: float | None = None  # of turns and of what is once, over the logits of the rows
-    off_path: int | None = None  # instructions of the kernel beside these: the target's tile, the ends of a row
+    target_per_logit: float | None = None  # of a long row: instructions of the turn that meets the target
+    end_per_logit: float | None = None  # and of one that meets an end of the row
+    off_path: int | None = None  # instructions of the kernel beside the usual way: those, and ignored rows
     shared_bytes: int = 0
     occupancy: float = 0.0  # share of the warps that a multiprocessor can hold
     bytes_in_flight: int | None = None  # of one multiprocessor: what its threads load in one turn
@@ -111,16 +113,22 @@ def work_of(case: Case, launch: Launch, program: Program, registers: int) -> dic
     threads = TARGETS[target].warp_size * warps
     twice = launch.kernel == "value_and_gradient"
     rows = given.get("ROWS", 1)
-    block = given["BLOCK"] if launch.kernel == "gradient" else given["LANES"] * given["VEC"]
+    block = given.get("DEPTH", 1) * (given.get("WIDTH") or given["LANES"] * given["VEC"])
     held = rows * block // threads  # places of a tile, a thread
     nested = launch.kernel == "statistics" and given["LONG"] and given["TURNS"] > 1
     path = program.usual_path(held, loops=1 + twice, nested=nested)
-    overhang = given["VEC"] - 1 if given.get("HEADS", given["ALIGN"] > 1) else 0
+    heads = given["ALIGN"] > 1 if launch.kernel == "split" else given.get("HEADS", False)
+    overhang = given["VEC"] - 1 if heads else 0
     row_tiles = -(-(case.classes + overhang) // block)
+    long = given.get("LONG", True)
     tiles = given["turns"] if launch.kernel == "gradient" else -(-row_tiles // given.get("splits", 1))
     turns = given["turns"] if launch.kernel == "statistics" else 1  # of rows
     logits = turns * rows * case.classes * tiles / row_tiles / threads  # of rows, without what fills their last tile
-    executed = (path.once + turns * ((path.around or 0) + tiles * path.turn)) / logits
+    # The tile of the target and, where they are cut short, those at the ends: of the tiles of a row, so many.
+    cut = (case.classes % block > 0) + (case.layout == "long, odd")
+    target_tile, end_tile = path.masked if long and path.masked else (path.turn, path.turn)
+    a_tile = path.turn + (target_tile - path.turn + min(cut, row_tiles - 1) * (end_tile - path.turn)) / row_tiles
+    executed = (path.once + turns * ((path.around or 0) + tiles * a_tile)) / logits
     special = (path.once_special + turns * (path.around_special + tiles * path.turn_special)) / logits
     moved, in_flight = itemsize * MOVED[launch.kernel], programs * threads * held * itemsize
     return found | {
@@ -129,6 +137,8 @@ def work_of(case: Case, launch: Launch, program: Program, registers: int) -> dic
         "a_row": path.around,
         "once": path.once,
         "executed_per_logit": round(executed, 2),
+        "target_per_logit": round(target_tile / held, 2) if long else None,
+        "end_per_logit": round(end_tile / held, 2) if long else None,
         "off_path": len(program.instructions) - path.turn - (path.around or 0) - path.once,
         "bytes_in_flight": in_flight,
         "bytes_per_logit": moved,

@@ -1,7 +1,7 @@
 """Machine code as a graph, and the instructions that a thread executes on its usual way through it.
 
 The usual way of a streaming kernel is the tile that needs no mask: of all ways that compute a tile at all, told by its
-exponentials, the one with the fewest instructions. The tile of the target and the ends of a row take longer ones.
+exponentials, the one with the fewest instructions. The tile of the target and those at the ends of a row take others.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import heapq
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -32,7 +33,8 @@ class Path:
     """What one thread executes: in a turn of the main loop, or loops, in a turn of the loop around it, and once.
 
     Nothing is counted twice: ``around`` is what a turn of the outer loop takes beside the main loop, and ``once`` what
-    lies beside both. Without an outer loop ``around`` is None.
+    lies beside both. Without an outer loop ``around`` is None. ``masked`` are turns on the next shortest way and on the
+    longest, where the main loop has more than one that computes.
     """
 
     turn: int
@@ -41,6 +43,7 @@ class Path:
     once_special: int
     around: int | None = None
     around_special: int = 0
+    masked: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,14 +81,19 @@ class Program:
         return found
 
     def shortest(
-        self, start: int, end: int | None, exponentials: int, exchange: bool = False, back: bool = False
+        self,
+        start: int,
+        end: int | None,
+        exponentials: int,
+        through: Collection[int] = (),
+        back: bool = False,
     ) -> Cost | None:
         """Instructions and special functions on the shortest way that computes ``exponentials``.
 
-        From the block ``start`` up to and with ``end``, or where that is None to an exit; with an ``exchange`` between
-        threads where one is asked for; without turning back unless ``back``.
+        From the block ``start`` up to and with ``end``, or where that is None to an exit; ``through`` one of some
+        blocks, if any are given; without turning back unless ``back``.
         """
-        ways: list[tuple[int, int, int, int, bool]] = [(0, 0, start, exponentials, exchange)]
+        ways: list[tuple[int, int, int, int, bool]] = [(0, 0, start, exponentials, bool(through))]
         seen: set[tuple[int, int, bool]] = set()
         while ways:
             length, special, at, missing, wanting = heapq.heappop(ways)
@@ -94,7 +102,7 @@ class Program:
             seen.add((at, missing, wanting))
             block = self.blocks[at]
             length, special = length + block.length, special + block.special
-            missing, wanting = max(0, missing - block.exponentials), wanting and not block.exchanges
+            missing, wanting = max(0, missing - block.exponentials), wanting and at not in through
             if not missing and not wanting and (at == end if end is not None else block.leaves):
                 return length, special
             if at != end:
@@ -103,14 +111,22 @@ class Program:
                         heapq.heappush(ways, (length, special, after, missing, wanting))
         return None
 
-    def turns(self, exponentials: int, exchange: bool = False, back: bool = False) -> list[tuple[Cost, int, int]]:
+    def turns(
+        self, exponentials: int, through: Collection[int] = (), back: bool = False
+    ) -> list[tuple[Cost, int, int]]:
         """What the shortest way takes around each loop that computes ``exponentials``: cost, first block and last."""
         return sorted(
             (found, first, last)
             for last, block in enumerate(self.blocks)
             for first in block.onward
-            if first <= last and (found := self.shortest(first, last, exponentials, exchange, back))
+            if first <= last and (found := self.shortest(first, last, exponentials, through, back))
         )
+
+    def masked_turns(self, usual: int, first: int, last: int, exponentials: int) -> tuple[int, int] | None:
+        """Instructions of the loop's next shortest way, and of the longest one, which take other blocks."""
+        ways = (self.shortest(first, last, exponentials, through=(block,)) for block in range(first + 1, last))
+        others = [way[0] for way in ways if way and way[0] > usual]
+        return (min(others), max(others)) if others else None
 
     def usual_path(self, elements: int, loops: int = 1, nested: bool = False) -> Path:
         """The usual way through a tile of which a thread computes ``elements`` logits, in each of ``loops`` in turn.
@@ -131,11 +147,15 @@ class Program:
         if len(apart) < loops:
             raise ValueError(f"{len(apart)} loops of the kernel compute {elements} exponentials, not {loops}")
         length, special = (sum(found[at] for found, *_ in apart[:loops]) for at in (0, 1))
+        ways = [self.masked_turns(found[0], first, last, elements) for found, first, last in apart[:loops]]
+        known = [way for way in ways if way is not None]
+        masked = (sum(least for least, _ in known), sum(most for _, most in known)) if known == ways else None
         if not nested:
-            return Path(length, special, whole[0] - length, whole[1] - special)
-        outer, *_ = self.turns(elements, exchange=True, back=True)[0]
+            return Path(length, special, whole[0] - length, whole[1] - special, masked=masked)
+        exchanging = [number for number, block in enumerate(self.blocks) if block.exchanges]
+        outer, *_ = self.turns(elements, exchanging, back=True)[0]
         beside = (whole[0] - outer[0], whole[1] - outer[1])
-        return Path(length, special, *beside, outer[0] - length, outer[1] - special)
+        return Path(length, special, *beside, outer[0] - length, outer[1] - special, masked)
 
 
 _SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")

@@ -203,14 +203,15 @@ def kernel_reports(**wanted: Any) -> list[dict[str, Any]]:
 def kernel_table() -> str:
     """Rows of 128,256 classes."""
     lines = [
-        "| kernel | target | logits | registers | occupancy | KiB under way | loop | special | once | beside |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| kernel | target | logits | registers | occupancy | KiB under way | loop | target | end | special | once |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for report in kernel_reports(classes=128256, few=False):
         variant = [report["kernel"], report["case"]["target"], report["case"]["dtype"]]
-        loop = f"{report['loop_per_logit']:.1f} | {report['loop_special_per_logit']:.2f}"
+        loop = " | ".join(f"{report[f'{turn}_per_logit']:.1f}" for turn in ("loop", "target", "end"))
+        beside = f"{report['loop_special_per_logit']:.2f} | {report['once']}"
         residence = f"{report['registers']} | {100 * report['occupancy']:.0f} % | {report['bytes_in_flight'] >> 10}"
-        lines.append(f"| {' | '.join(variant)} | {residence} | {loop} | {report['once']} | {report['off_path']} |")
+        lines.append(f"| {' | '.join(variant)} | {residence} | {loop} | {beside} |")
     about = json.loads(KERNEL_RESULTS.read_text())["environment"]
     return "\n".join([*lines, "", f"Triton {about['triton']}; `benchmarks/results/compile_report.json`."])
 
@@ -247,7 +248,7 @@ def prediction_table() -> str:
 
 
 def both_table() -> str:
-    """The share that both passes together are predicted to reach, of rows of 1,000 classes or more."""
+    """The share that both passes together are predicted to reach, of rows of 100 classes or more."""
     shares: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
     for report in kernel_reports(few=False, dtype="bf16", call="mean"):
         for each in report["predicted"]:
@@ -256,7 +257,7 @@ def both_table() -> str:
     names = [gpu.name for gpu in GPUS]
     lines = [f"| rows | classes | {' | '.join(names)} |", "|---|---:|" + "---:|" * len(names)]
     for (layout, classes), gpus in shares.items():
-        if classes >= 1000 and all(len(gpus[name]) == 2 for name in names):
+        if classes >= 100 and all(len(gpus[name]) == 2 for name in names):
             cells = [f"{both_passes(gpus[name]['statistics'], gpus[name]['gradient']):.2f}" for name in names]
             lines.append(f"| {layout} | {classes:,} | {' | '.join(cells)} |")
     return "\n".join(lines)

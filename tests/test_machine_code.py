@@ -30,6 +30,22 @@ def test_usual_path_is_the_shortest_turn_that_computes() -> None:
     path = parse_sass(KERNEL).usual_path(2)
     assert (path.turn, path.turn_special) == (5, 2)
     assert (path.once, path.once_special) == (4, 1)
+    assert path.masked == (7, 7)
+
+
+def test_other_ways_through_a_turn_are_the_next_shortest_and_the_longest() -> None:
+    third = KERNEL.replace(
+        """
+.L_x_1:""",
+        """
+        /*0054*/               @P2 BRA `(.L_x_1) ;
+        /*0058*/                   NOP ;
+.L_x_1:""",
+    )
+    path = parse_sass(third).usual_path(2)
+    assert (path.turn, path.masked) == (5, (8, 9))
+    alone = parse_sass(KERNEL.replace("@P1 BRA `(.L_x_1)", "    NOP")).usual_path(2)
+    assert (alone.turn, alone.masked) == (7, None)
 
 
 TWICE = KERNEL.replace(
