@@ -47,7 +47,8 @@ def test_short_rows_off_a_boundary_are_read_from_the_one_before(logits: Tensor) 
 @pytest.mark.parametrize("num_classes", [2, 3, 7, 8, 9, 10, 31, 33, 100, 255, 501, 1017, 1018, 1023, 1024])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_short_rows_that_begin_anywhere(num_classes: int, dtype: torch.dtype) -> None:
-    """Value and gradient; the gradient in place leaves what lies between the rows, and beside them, alone."""
+    """Value and gradient; in place it leaves what lies between the rows and beside them alone, but for what pads rows
+    that begin on 16-byte boundaries to whole accesses."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows, objective = 5, CrossEntropyObjective(1.0, 0.7)
     for offset, padding in ((0, 0), (0, 1), (1, 0), (3, 2)):
@@ -72,7 +73,10 @@ def test_short_rows_that_begin_anywhere(num_classes: int, dtype: torch.dtype) ->
                 found = logits
                 backend.value_and_gradient(logits, target, -100, objective, None, True)
                 beside = torch.ones_like(kept, dtype=torch.bool)
-                beside.as_strided(logits.shape, logits.stride(), offset).fill_(False)
+                per_access = 16 // dtype.itemsize
+                on_boundary = offset == 0 and stride % per_access == 0
+                width = -(-num_classes // per_access) * per_access if on_boundary else num_classes
+                beside.as_strided((rows, width), logits.stride(), offset).fill_(False)
                 assert torch.equal(kept[beside], before[beside])
             error = (found.double().cpu() - exact.grad).norm() / exact.grad.norm()
             assert error <= tolerance, (offset, padding, error)
@@ -178,7 +182,7 @@ def test_turns(rows: int, tiles: int) -> None:
     assert 1 <= turns <= 4
     assert turns == 1 or rows * tiles // turns >= 8 * 132
     assert turns == 4 or rows * tiles < 5 * 8 * 132
-    side_by_side = Tile(rows=1024, lanes=1, vec=2, align=1, warps=4)
+    side_by_side = Tile(rows=1024, lanes=1, vec=2, align=1, warps=4, across=True)
     turns = launch.choose_turns(side_by_side, 1024 * rows, tiles, 132)
     assert 1 <= turns <= tiles
     assert turns == 1 or rows * tiles // turns >= 8 * 132
@@ -193,6 +197,27 @@ def test_rows_in_turn_leave_enough_warps(rows: int, classes: int) -> None:
     assert turns == 1 or -(-rows // (turns * tile.rows)) * tile.warps >= 250 * 132
     assert tile.turns * tile.rows <= max(32 * tile.warps, tile.rows)  # no more than a row a thread
     assert turns == tile.turns or rows < 10**7
+    if not tile.long:  # nor does the backward pass leave fewer
+        turns = launch.choose_turns(tile, rows, 1, 132)
+        assert 1 <= turns <= launch.ROW_TURNS
+        assert turns == 1 or -(-rows // (turns * tile.rows)) * tile.warps >= 250 * 132
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("warp", [32, 64])
+@pytest.mark.parametrize("classes", [2, 5, 8, 9, 33, 64, 100, 256, 505, 1000, 1001])
+def test_tiles_of_short_rows(classes: int, warp: int, dtype: torch.dtype) -> None:
+    """Each holds a row, in as many lanes as divide its warps, and no thread has more logits than registers for them."""
+    for aligned, ends_written in ((True, False), (False, False), (False, True)):
+        tile = launch.choose_tile(
+            classes, dtype.itemsize, classes_adjoin=True, rows_aligned=aligned, head_aligned=not aligned,
+            ends_written=ends_written, warp=warp,
+        )  # fmt: skip
+        threads, logits = tile.warps * warp, tile.rows * tile.block
+        assert tile.block >= classes + tile.overhang and not tile.long
+        assert logits <= threads * (8 if dtype == torch.float64 else 32)
+        assert logits >= threads * tile.vec or classes <= 4 * tile.vec
+        assert tile.warps == 1 or tile.rows == 1
 
 
 @pytest.mark.gpu
@@ -220,12 +245,15 @@ def test_rows_in_turn(classes: int, dtype: torch.dtype, monkeypatch: pytest.Monk
         return [row_losses, gradient, *statistics]
 
     monkeypatch.setattr(launch, "choose_splits", lambda *sizes: 1)
-    monkeypatch.setattr(launch, "choose_row_turns", lambda *sizes: 1)
+    for choice in ("choose_row_turns", "choose_turns"):
+        monkeypatch.setattr(launch, choice, lambda *sizes: 1)
     one_by_one = outcome()
     monkeypatch.setattr(launch, "choose_row_turns", lambda *sizes: turns)
+    monkeypatch.setattr(launch, "choose_turns", lambda *sizes: 3)
     for found, expected in zip(outcome(), one_by_one, strict=True):
         assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
     assert one_by_one[0][0, 1] == 0 and one_by_one[0][0, 2].isnan() and one_by_one[0].isnan().sum() == 1
+    assert not one_by_one[1][1].any() and not one_by_one[1][1].signbit().any()  # of an ignored row: 0, not -0
     target[2] = -100
     losses, gradient, *_ = outcome()
     kept = target != -100

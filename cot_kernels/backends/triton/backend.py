@@ -73,6 +73,7 @@ def _tile(*tensors: Tensor) -> launch.Tile:
         head_aligned=len(tensors) == 1 or (on_boundary and alike),
         rows_adjoin=on_boundary and all(_rows_adjoin(each) for each in tensors),
         ends_written=len(tensors) > 1,
+        warp=32 if torch.version.hip is None else 64,
     )
 
 
@@ -139,6 +140,7 @@ def _forward(
             ACROSS=tile.across,
             ROWS=tile.rows,
             TURNS=tile.turns,
+            DEPTH=tile.depth,
             LANES=tile.lanes,
             VEC=tile.vec,
             ALIGN=tile.align,
@@ -177,7 +179,7 @@ def loss(
 
 def _register_limit(tile: launch.Tile) -> dict[str, int]:
     """An option of NVIDIA's compiler alone."""
-    return {"maxnreg": launch.REGISTERS} if tile.long and torch.version.hip is None else {}
+    return {"maxnreg": launch.REGISTERS} if tile.rows == 1 and torch.version.hip is None else {}
 
 
 def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None = None) -> Tensor:
@@ -197,17 +199,20 @@ def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None
     tile = _tile(logits, grad)
     tiles = triton.cdiv(num_classes + tile.overhang, tile.block)
     turns = launch.choose_turns(tile, num_rows, tiles, _multiprocessors(logits.device))
+    blocks = triton.cdiv(num_rows, tile.rows)
+    programs = blocks * triton.cdiv(tiles, turns) if tile.long or tile.across else triton.cdiv(blocks, turns)
     inner, *strides = _strides(logits)
     with _on_device_of(logits):
-        gradient_kernel[(triton.cdiv(num_rows, tile.rows) * triton.cdiv(tiles, turns),)](
+        gradient_kernel[(programs,)](
             logits, target, state, upstream, upstream if factor is None else factor, grad,
             num_rows, num_classes, inner, *strides, *_strides(grad)[1:],
             upstream.stride(0) if upstream.numel() == num_rows and num_rows > 1 else 0, tiles, turns,
             HAS_FACTOR=factor is not None,
             LONG=tile.long,
             ACROSS=tile.across,
+            DEPTH=tile.depth,
             ROWS=tile.rows,
-            BLOCK=tile.block,
+            WIDTH=tile.lanes * tile.vec,
             VEC=tile.vec,
             ALIGN=tile.align,
             HEADS=tile.heads and not tile.long,  # long rows look for their boundary anyway
@@ -259,14 +264,14 @@ def value_and_gradient(
     """Loss, cross-entropy and negentropy of rows, (3, N). **Overwrites the logits**, where wanted with the gradient.
 
     Args:
-        logits: (N, K).
+        logits: (N, K). Where rows begin on 16-byte boundaries, what pads them to whole 16 bytes is overwritten too.
         target: (N), integers.
         upstream: (N), the derivative of a scalar by each row's loss; None where it is 1.
     """
     num_rows, num_classes = logits.shape
-    tile = _tile(logits)
-    if _splits(tile, num_rows, num_classes, logits.device) > 1:
-        return _value_and_gradient_of_few(logits, target, ignore_index, objective, upstream, wanted)
+    tile = _tile(_with_padding(logits))
+    if tile.heads or _splits(tile, num_rows, num_classes, logits.device) > 1:
+        return _value_then_gradient(logits, target, ignore_index, objective, upstream, wanted)
     twin, parameters = device_twin(objective)
     values = torch.empty((3, num_rows), dtype=accumulation_dtype(logits.dtype), device=logits.device)
     if not num_rows:
@@ -279,20 +284,32 @@ def value_and_gradient(
             HAS_UPSTREAM=upstream is not None,
             GRADIENT=wanted,
             LONG=tile.long,
+            DEPTH=tile.depth,
             ROWS=tile.rows,
             LANES=tile.lanes,
             VEC=tile.vec,
             ALIGN=tile.align,
-            HEADS=tile.heads and not tile.long,  # long rows look for their boundary anyway
+            TAIL=num_classes % tile.vec != 0,
             num_warps=tile.warps,
         )  # fmt: skip
     return values
 
 
-def _value_and_gradient_of_few(
+def _with_padding(logits: Tensor) -> Tensor:
+    """With what pads their rows to whole accesses, as far as there is any."""
+    (num_rows, num_classes), per_access = logits.shape, 16 // logits.itemsize
+    padded = triton.cdiv(num_classes, per_access) * per_access
+    last = logits.storage_offset() + (num_rows - 1) * logits.stride(0) + padded
+    if padded > logits.stride(0) or last * logits.itemsize > logits.untyped_storage().nbytes():
+        return logits
+    return logits.as_strided((num_rows, padded), logits.stride())
+
+
+def _value_then_gradient(
     logits: Tensor, target: Tensor, ignore_index: int, objective: Objective, upstream: Tensor | None, wanted: bool
 ) -> Tensor:
-    """For rows so few that several programs share one: the statistics, and then the gradient in place."""
+    """For rows so few that several programs share one, and those that begin anywhere: the statistics, and then the
+    gradient in place."""
     with _on_device_of(logits):
         values, flat_target, state = _forward(logits, target, ignore_index, None, False)
     target_logit, _, negentropy = values.unbind()

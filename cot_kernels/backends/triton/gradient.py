@@ -3,7 +3,7 @@
     dl/dz_j = q_j (f_L + f_S ((z_j - L) - S)),  j != g        dl/dz_g = f_g
 
 In the units of the forward pass, with x = z_j log2 e - shift - log2 s = (z_j - L) log2 e, that is
-``2^x (slope x - offset)``: an exponential and three multiply-adds a logit.
+``2^x (slope x - offset)``: an exponential and three multiply-adds a logit. Programs take several tiles in turn.
 """
 
 from __future__ import annotations
@@ -14,13 +14,18 @@ import triton.language as tl
 from cot_kernels.backends.triton.tiles import (
     FLOOR,
     LOG2E,
+    by_row,
     first_classes,
     hint,
     is_interior,
+    is_target,
     load_rows,
     misalignment,
+    places_of,
     row_pointers,
     step_back,
+    to_class,
+    widen,
 )
 
 
@@ -44,6 +49,7 @@ def write_tile(
     offset,
     at_target,
     BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
     """The gradient of the BLOCK classes from ``start`` of one row; of an ignored one, without reading it.
@@ -58,23 +64,66 @@ def write_tile(
         mask = (classes >= 0) & (classes < num_classes)
         tl.store(grad_pointers + columns, tl.zeros([BLOCK], out_dtype), mask=mask)
     elif is_interior(start, target, num_classes, BLOCK):
-        z = tl.load(pointers + columns, eviction_policy=EVICTION).to(dtype)
+        z = widen(tl.load(pointers + columns, eviction_policy=EVICTION), dtype)
         tl.store(grad_pointers + columns, complement_gradient(z, shift, log_total, slope, offset).to(out_dtype))
+    elif (start >= 0) & (start + BLOCK <= num_classes):
+        z = widen(tl.load(pointers + columns, eviction_policy=EVICTION), dtype)
+        grad = complement_gradient(z, shift, log_total, slope, offset)
+        at = tl.reshape(is_target(tl.full([1], target - start, tl.int32), 1, 1, BLOCK, VEC), [BLOCK])
+        tl.store(grad_pointers + columns, tl.where(at, at_target, grad).to(out_dtype))
     else:
         classes = start + columns
         mask = (classes >= 0) & (classes < num_classes)
-        z = tl.load(pointers + columns, mask=mask, other=0.0, eviction_policy=EVICTION).to(dtype)
+        z = widen(tl.load(pointers + columns, mask=mask, other=0.0, eviction_policy=EVICTION), dtype)
         grad = complement_gradient(z, shift, log_total, slope, offset)
         grad = tl.where(classes == target, at_target, grad)
         tl.store(grad_pointers + columns, grad.to(out_dtype), mask=mask)
 
 
 @triton.jit
-def gradient_of_rows(z, classes, target, wanted, shift, log_total, slope, offset, at_target):
-    """Of some classes [ROWS, BLOCK], or [1, BLOCK], of several rows; zero where they are ignored."""
-    grad = complement_gradient(z, shift[:, None], log_total[:, None], slope[:, None], offset[:, None])
-    grad = tl.where(classes == target[:, None], at_target[:, None], grad)
-    return tl.where(wanted[:, None], grad, 0.0)
+def load_log_total(state_pointer, rows, num_rows):
+    """log2 s: infinite for ignored rows, and for those that there are not."""
+    return tl.load(state_pointer + num_rows + rows, mask=rows < num_rows, other=float("inf"))
+
+
+@triton.jit
+def load_state(
+    target_pointer,
+    state_pointer,
+    upstream_pointer,
+    factor_pointer,
+    rows,
+    num_rows,
+    num_classes,
+    upstream_stride,
+    HAS_FACTOR: tl.constexpr,
+):
+    """What the gradient of rows takes beside log2 s: target, shift, and with the upstream gradient slope, offset and
+    what the target gets."""
+    inside = rows < num_rows
+    target, _ = to_class(tl.load(target_pointer + rows, mask=inside, other=-1).to(tl.int64), num_classes)
+    state = state_pointer + rows
+    shift = tl.load(state, mask=inside, other=0.0)
+    upstream = tl.load(upstream_pointer + rows * upstream_stride, mask=inside, other=0.0).to(shift.dtype)
+    if HAS_FACTOR:
+        upstream *= tl.load(factor_pointer)
+    slope = tl.load(state + 2 * num_rows, mask=inside, other=0.0) * upstream
+    offset = tl.load(state + 3 * num_rows, mask=inside, other=0.0) * upstream
+    at_target = tl.load(state + 4 * num_rows, mask=inside, other=0.0) * upstream
+    return target, shift, slope, offset, at_target
+
+
+@triton.jit
+def silence(wanted, slope, offset, at_target):
+    """With these, and its infinite log2 s, an ignored row gets 2^-inf (0 x + 1), zero, if its logits are finite."""
+    return tl.where(wanted, slope, 0.0), tl.where(wanted, offset, -1.0), tl.where(wanted, at_target, 0.0)
+
+
+@triton.jit
+def gradient_of_rows(z, at, shift, log_total, slope, offset, at_target):
+    """Of a tile [DEPTH, ROWS, WIDTH] of several rows, whose targets are ``at``."""
+    grad = complement_gradient(z, by_row(shift), by_row(log_total), by_row(slope), by_row(offset))
+    return tl.where(at, by_row(at_target), grad)
 
 
 @triton.jit
@@ -88,26 +137,29 @@ def write_rows(
     inside,
     wanted,
     num_classes,
-    grad_stride_k,
     shift,
     log_total,
     slope,
     offset,
     at_target,
-    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
     VEC: tl.constexpr,
     HEADS: tl.constexpr,
 ):
     """The gradient of what :func:`.tiles.load_rows` found; of rows that begin anywhere, what fills whole accesses."""
-    grad = gradient_of_rows(z.to(shift.dtype), classes, target, wanted, shift, log_total, slope, offset, at_target)
+    at = is_target(head + target, DEPTH, ROWS, WIDTH, VEC)
+    slope, offset, at_target = silence(wanted, slope, offset, at_target)
+    grad = gradient_of_rows(widen(z, shift.dtype), at, shift, log_total, slope, offset, at_target)
     if HEADS:
-        places = tl.arange(0, BLOCK)
-        access = (places // VEC * VEC)[None, :]
-        within = (access >= head[:, None]) & (access + VEC <= head[:, None] + num_classes)
-        pointers = step_back(grad_base, head, VEC)[:, None] + places[None, :]
+        places = places_of(DEPTH, WIDTH)
+        access = places // VEC * VEC
+        within = (access >= by_row(head)) & (access + VEC <= by_row(head + num_classes))
+        pointers = by_row(step_back(grad_base, head, VEC)) + places
     else:
-        pointers = grad_base[:, None] + classes.to(tl.int64) * grad_stride_k
-    tl.store(pointers, grad.to(grad_base.dtype.element_ty), mask=inside[:, None] & within)
+        pointers = by_row(grad_base) + classes.to(tl.int64)
+    tl.store(pointers, grad.to(grad_base.dtype.element_ty), mask=by_row(inside) & within)
 
 
 @triton.jit
@@ -129,16 +181,17 @@ def write_ends(
     """What :func:`write_rows` leaves: the accesses that a row shares with its neighbours, one at either end."""
     end = head + num_classes
     last = end // VEC * VEC
-    columns = tl.arange(0, 2 * VEC)
-    at_start = (columns < VEC)[None, :]
-    places = tl.where(at_start, columns[None, :], last[:, None] + (columns - VEC)[None, :])
-    classes = places - head[:, None]
+    at_start = tl.arange(0, 2)[:, None, None] == 0
+    places = tl.where(at_start, 0, by_row(last)) + tl.arange(0, VEC)[None, None, :]
+    classes = places - by_row(head)
     # Of a row within one access either its start or its end, not both, is what is left.
-    left = tl.where(at_start, head[:, None] > 0, ((last > 0) | (head == 0))[:, None])
-    mask = left & (classes >= 0) & (places < end[:, None])
-    z = tl.load(base[:, None] + classes, mask=mask & wanted[:, None], other=0.0).to(shift.dtype)
-    grad = gradient_of_rows(z, classes, target, wanted, shift, log_total, slope, offset, at_target)
-    tl.store(grad_base[:, None] + classes, grad.to(grad_base.dtype.element_ty), mask=mask & inside[:, None])
+    left = tl.where(at_start, by_row(head > 0), by_row((last > 0) | (head == 0)))
+    mask = left & (classes >= 0) & (places < by_row(end))
+    z = widen(tl.load(by_row(base) + classes, mask=mask & by_row(wanted), other=0.0), shift.dtype)
+    at = classes == by_row(target)
+    slope, offset, at_target = silence(wanted, slope, offset, at_target)
+    grad = gradient_of_rows(z, at, shift, log_total, slope, offset, at_target)
+    tl.store(by_row(grad_base) + classes, grad.to(grad_base.dtype.element_ty), mask=mask & by_row(inside))
 
 
 @triton.jit(do_not_specialize_on_alignment=["tiles", "turns"])
@@ -164,13 +217,15 @@ def gradient_kernel(
     HAS_FACTOR: tl.constexpr,
     LONG: tl.constexpr,
     ACROSS: tl.constexpr,
+    DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
     VEC: tl.constexpr,
     ALIGN: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """The gradient of ``turns`` tiles of BLOCK classes of one long row, or of ROWS rows."""
+    """The gradient of ``turns`` tiles: of those of one long row, or of ROWS that lie side by side, or of ROWS whole
+    rows each."""
     program = tl.program_id(0).to(tl.int64)
     shares = tl.cdiv(tiles, turns)  # programs to a row
     block = program // shares
@@ -180,7 +235,7 @@ def gradient_kernel(
 
     if LONG:
         row = block
-        target = tl.load(target_pointer + row).to(tl.int64)
+        target, _ = to_class(tl.load(target_pointer + row).to(tl.int64), num_classes)
         state = state_pointer + row
         shift = tl.load(state)
         log_total = tl.load(state + num_rows)
@@ -197,40 +252,55 @@ def gradient_kernel(
         aligned = step_back(base, head, ALIGN)
         grad_aligned = step_back(grad_base, head, ALIGN)
         for tile in range(first, tl.minimum(first + turns, tiles)):
-            place = tile * BLOCK
+            place = tile * WIDTH
             write_tile(
                 aligned + place, grad_aligned + place, place - head, target, num_classes,
-                shift, log_total, slope, offset, at_target, BLOCK, "",
+                shift, log_total, slope, offset, at_target, WIDTH, VEC, "",
             )  # fmt: skip
-    else:
+    elif ACROSS:
         rows = block * ROWS + tl.arange(0, ROWS)
         inside = rows < num_rows
-        target = tl.load(target_pointer + rows, mask=inside, other=-1).to(tl.int64)
-        state = state_pointer + rows
-        log_total = tl.load(state + num_rows, mask=inside, other=float("inf"))
+        log_total = load_log_total(state_pointer, rows, num_rows)
         wanted = log_total != float("inf")
-        shift = tl.load(state, mask=wanted, other=0.0)
-        upstream = tl.load(upstream_pointer + rows * upstream_stride, mask=wanted, other=0.0).to(dtype)
-        if HAS_FACTOR:
-            upstream *= tl.load(factor_pointer)
-        slope = tl.load(state + 2 * num_rows, mask=wanted, other=0.0) * upstream
-        offset = tl.load(state + 3 * num_rows, mask=wanted, other=0.0) * upstream
-        at_target = tl.load(state + 4 * num_rows, mask=wanted, other=0.0) * upstream
-
-        base = row_pointers(logits_pointer, rows, inner, hint(stride_n, ALIGN), stride_d)
-        grad_base = row_pointers(grad_pointer, rows, inner, hint(grad_stride_n, ALIGN), grad_stride_d)
-        head = first_classes(base, ROWS, VEC, HEADS)
+        target, shift, slope, offset, at_target = load_state(
+            target_pointer, state_pointer, upstream_pointer, factor_pointer,
+            rows, num_rows, num_classes, upstream_stride, HAS_FACTOR,
+        )  # fmt: skip
+        base = row_pointers(logits_pointer, rows, inner, stride_n, stride_d)
+        grad_base = row_pointers(grad_pointer, rows, inner, grad_stride_n, grad_stride_d)
+        head = first_classes(base, ROWS, VEC, False)
         for tile in range(first, tl.minimum(first + turns, tiles)):
-            read = inside if ACROSS else wanted  # as in the forward pass
+            # One access may read several rows, whichever of them are wanted.
             z, classes, within = load_rows(
-                base, head, tile * BLOCK, read, num_classes, stride_k, BLOCK, VEC, ALIGN, HEADS, 0.0
+                base, head, tile * WIDTH, inside, num_classes, stride_k, 1, WIDTH, VEC, 1, False, 0.0
             )
+            at = classes == by_row(target)
+            grad = gradient_of_rows(widen(z, dtype), at, shift, log_total, slope, offset, at_target)
+            grad = tl.where(by_row(wanted), grad, 0.0)
+            pointers = by_row(grad_base) + classes.to(tl.int64) * grad_stride_k
+            tl.store(pointers, grad.to(grad_pointer.dtype.element_ty), mask=by_row(inside) & within)
+    else:
+        # Whether rows are read at all is asked for a turn ahead.
+        start = program * turns * ROWS
+        coming = load_log_total(state_pointer, start + tl.arange(0, ROWS), num_rows)
+        for turn in range(turns):
+            rows, log_total = start + turn * ROWS + tl.arange(0, ROWS), coming
+            coming = load_log_total(state_pointer, rows + ROWS, num_rows)
+            inside, wanted = rows < num_rows, log_total != float("inf")
+            base = row_pointers(logits_pointer, rows, inner, hint(stride_n, ALIGN), stride_d)
+            grad_base = row_pointers(grad_pointer, rows, inner, hint(grad_stride_n, ALIGN), grad_stride_d)
+            head = first_classes(base, ROWS, VEC, HEADS)
+            z, classes, within = load_rows(base, head, 0, wanted, num_classes, 1, DEPTH, WIDTH, VEC, ALIGN, HEADS, 0.0)
+            target, shift, slope, offset, at_target = load_state(
+                target_pointer, state_pointer, upstream_pointer, factor_pointer,
+                rows, num_rows, num_classes, upstream_stride, HAS_FACTOR,
+            )  # fmt: skip
             write_rows(
-                z, classes, within, grad_base, head, target, inside, wanted, num_classes, grad_stride_k,
-                shift, log_total, slope, offset, at_target, BLOCK, VEC, HEADS,
+                z, classes, within, grad_base, head, target, inside, wanted, num_classes,
+                shift, log_total, slope, offset, at_target, DEPTH, ROWS, WIDTH, VEC, HEADS,
             )  # fmt: skip
-        if HEADS:
-            write_ends(
-                base, grad_base, head, target, inside, wanted, num_classes,
-                shift, log_total, slope, offset, at_target, VEC,
-            )  # fmt: skip
+            if HEADS:
+                write_ends(
+                    base, grad_base, head, target, inside, wanted, num_classes,
+                    shift, log_total, slope, offset, at_target, VEC,
+                )  # fmt: skip

@@ -15,8 +15,20 @@ PROGRAMS_PER_MULTIPROCESSOR = 4
 # forward pass takes no rows in turn: programs that start together end together, and the last ones leave others idle.
 WARPS_PER_MULTIPROCESSOR = 256
 
-# Registers of a thread of the kernels for long rows, at most: 64 let four programs of 256 threads, or eight of 128,
-# share a multiprocessor, which then has 32 KiB of logits under way. Left alone the compiler takes up to 128 backward.
+# Tiles of its row, and of whole rows, that a program of the backward pass takes in turn at most.
+TILE_TURNS = 4
+ROW_TURNS = 8
+
+# Bytes of a row that its threads access together, at least: half a cache line, or, class by class, the least part of
+# one that is moved.
+PIECE = 64
+SECTOR = 32
+
+# Rows of which a thread has logits, at most: it holds five numbers of each in the backward pass.
+ROWS_PER_THREAD = 16
+
+# Registers of a thread of the kernels for one row a tile, at most: 64 let 1,024 threads share a multiprocessor, which
+# then has 32 KiB of logits or more under way. Left alone the compiler takes up to 155 backward.
 REGISTERS = 64
 
 # Of more partial sums than this the last program would take longer, a turn's latency after the other, than all before.
@@ -25,12 +37,13 @@ FOLD_BLOCK = 4096
 
 @dataclass(frozen=True)
 class Tile:
-    """The shape of a program's tile: ``rows`` by ``lanes * vec`` classes.
+    """The shape of a program's tile: ``rows`` by ``depth * lanes * vec`` classes.
 
-    ``vec`` neighbouring classes are folded within a thread. ``align`` is the number of classes in 16 bytes where
-    accesses of that width can be promised to the compiler, and 1 where not. With ``heads`` rows begin anywhere, and
-    each is read from the boundary before it. A ``long`` row takes many tiles, of which most need no mask. ``across``
-    rows, which lie side by side, are read class after class; all others are whole in one tile.
+    ``vec`` neighbouring classes are folded within a thread, which has ``depth`` such accesses of a row that is whole in
+    its tile. ``align`` is the number of classes in 16 bytes where accesses of that width can be promised to the
+    compiler, and 1 where not. With ``heads`` rows begin anywhere, and each is read from the boundary before it. A
+    ``long`` row takes many tiles, of which most need no mask. ``across`` rows, which lie side by side, are read class
+    after class; all others are whole in one tile. A ``warp`` is so many threads.
     """
 
     rows: int
@@ -41,10 +54,12 @@ class Tile:
     heads: bool = False
     long: bool = False
     across: bool = False
+    depth: int = 1
+    warp: int = 32
 
     @property
     def block(self) -> int:
-        return self.lanes * self.vec
+        return self.depth * self.lanes * self.vec
 
     @property
     def overhang(self) -> int:
@@ -57,7 +72,7 @@ class Tile:
 
         Not the longest rows, of which a thread has hundreds of logits, and for which it would take twice the registers.
         """
-        return max(1, min(32, 32 * self.warps // self.rows)) if self.warps < 8 else 1
+        return max(1, min(32, self.warp * self.warps // self.rows)) if self.warps < 8 else 1
 
 
 def next_power_of_two(number: int) -> int:
@@ -73,6 +88,7 @@ def choose_tile(
     head_aligned: bool,
     rows_adjoin: bool = False,
     ends_written: bool = False,
+    warp: int = 32,
 ) -> Tile:
     """The tile for rows of ``num_classes`` logits of ``itemsize`` bytes.
 
@@ -82,26 +98,41 @@ def choose_tile(
         head_aligned: no row does for certain, but the rows of all tensors involved begin equally far from one.
         rows_adjoin: neighbouring rows are neighbours in memory, 16 of them from a 16-byte boundary on, in all tensors.
         ends_written: where rows begin anywhere, the accesses at either end of one are written class by class.
+        warp: threads of one.
     """
     vec = 16 // itemsize
-    # Logits a thread holds: 16, and a quarter as many in float64, so that no variant runs out of registers.
+    # A thread holds a quarter as many logits in float64, so that no variant runs out of registers.
     wide = 4 if itemsize > 4 else 1
     if not classes_adjoin:
         # Neighbours in memory are rows, of which a thread takes one, or as many as an access holds. With more classes
         # at once the masks of half precision run out of AMD's scalar registers.
         if rows_adjoin:
-            return Tile(rows=128 * vec, lanes=1, vec=min(4, 16 // vec), align=1, warps=4, across=True)
+            return Tile(
+                rows=128 * vec, lanes=1, vec=4 if warp == 32 else min(4, 16 // vec), align=1, warps=4, across=True
+            )
         return Tile(rows=128, lanes=1, vec=4, align=1, warps=4, across=True)
     aligned = rows_aligned and num_classes % vec == 0
     # Of a few accesses most are ends: all are then written class by class, and read so.
     heads = head_aligned and not aligned and not (ends_written and num_classes <= 4 * vec)
     block = max(next_power_of_two(num_classes + (vec - 1 if heads else 0)), vec)
     if block <= SHORT_ROW:
-        if block >= 512 and itemsize <= 4:
-            # A warp a row: what every thread of a row does once, its merge and its loss, is done by the fewest.
-            return Tile(rows=1, lanes=block // vec, vec=vec, align=vec if aligned else 1, warps=1, heads=heads)
-        rows = max(2, 2048 // wide // block)
-        return Tile(rows=rows, lanes=block // vec, vec=vec, align=vec if aligned else 1, warps=4, heads=heads)
+        # A warp a program, and few threads a row: what every thread of a row does, its merge and the loading of its
+        # state, is done by the fewest, and within a warp. A thread has 32 logits, in float64 8, and where rows begin
+        # anywhere on an AMD GPU 16: more masks than that do not fit its scalar registers.
+        wholly = aligned or heads
+        a_thread = (16 if heads and warp > 32 else 32) // wide
+        depth = max(1, min(block * itemsize // (PIECE if wholly else SECTOR), a_thread // vec))
+        threads = block // depth // (vec if wholly else 1)  # of a row
+        return Tile(
+            rows=max(1, min(a_thread * warp // block, ROWS_PER_THREAD * warp // threads)),
+            lanes=block // vec // depth,
+            vec=vec,
+            align=vec if aligned else 1,
+            warps=max(1, block // (a_thread * warp)),
+            heads=heads,
+            depth=depth,
+            warp=warp,
+        )
     # Eight tiles a row or more: what a thread does once a row is spread over 128 logits.
     warps = min(max(next_power_of_two(num_classes + 1) // 8192, 1), 8)
     lanes = 512 * warps // wide // vec
@@ -124,8 +155,10 @@ def choose_row_turns(tile: Tile, num_rows: int, multiprocessors: int) -> int:
 
 
 def choose_turns(tile: Tile, num_rows: int, tiles: int, multiprocessors: int) -> int:
-    """Tiles of its row or rows that a program takes in turn: several save instructions, and reading the state of many
-    rows again, where enough programs are left."""
+    """Tiles of its row or rows that a program takes in turn, or where rows fit a tile, how often it takes rows:
+    several save instructions, and reading the state of many rows again, where enough programs are left."""
     programs = -(-num_rows // tile.rows) * tiles
-    most = 4 if tile.long else tiles
+    if not tile.long and not tile.across:
+        return max(1, min(ROW_TURNS, programs * tile.warps // (multiprocessors * WARPS_PER_MULTIPROCESSOR)))
+    most = TILE_TURNS if tile.long else tiles
     return max(1, min(most, programs // (multiprocessors * 2 * PROGRAMS_PER_MULTIPROCESSOR)))

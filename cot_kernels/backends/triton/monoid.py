@@ -22,13 +22,17 @@ import triton.language as tl
 from cot_kernels.backends.triton.tiles import (
     FLOOR,
     LOG2E,
+    by_row,
     first_classes,
     hint,
     is_interior,
+    is_target,
     load_rows,
     misalignment,
+    places_of,
     row_pointers,
     step_back,
+    widen,
 )
 
 
@@ -87,29 +91,32 @@ def read_row(
         start = tile * BLOCK - head
         pointers = aligned + (tile * BLOCK + columns)
         if is_interior(start, target, num_classes, BLOCK):
-            z = tl.load(pointers, eviction_policy=EVICTION).to(dtype)
+            z = widen(tl.load(pointers, eviction_policy=EVICTION), dtype)
         else:
-            classes = start + columns
-            kept = (classes >= 0) & (classes < num_classes) & (classes != target)
-            z = tl.load(pointers, mask=kept, other=-float("inf"), eviction_policy=EVICTION).to(dtype)
+            # Whole accesses as far as they hold classes of the row, and of these what is one.
+            access = columns // VEC * VEC
+            touched = (start + access + VEC > 0) & (start + access < num_classes)
+            z = tl.load(pointers, mask=touched, other=0.0, eviction_policy=EVICTION)
+            kept = of_row(tl.full([1], -start, tl.int32), tl.full([1], target, tl.int32), num_classes, 1, 1, BLOCK, VEC)
+            z = tl.where(tl.reshape(kept, [BLOCK]), widen(z, dtype), -float("inf"))
         shift, total, moment = fold(tl.reshape(z, [1, LANES, VEC]), shift, total, moment)
     return merge(shift, total, moment, 1)
 
 
 @triton.jit
-def of_row(head, target, num_classes, ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr):
-    """Which of BLOCK places from the boundary before a row are classes of it, without the target: [ROWS, BLOCK].
+def of_row(head, target, num_classes, DEPTH: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr):
+    """Which places from the boundary before a row are classes of it, without the target: [DEPTH, ROWS, WIDTH].
 
     By a bit a place, an access at a time: cheaper than comparisons a place.
     """
-    access = tl.arange(0, BLOCK // VEC)[None, :] * VEC
-    before = tl.minimum(tl.maximum(head[:, None] - access, 0), VEC)
-    after = tl.minimum(tl.maximum(head[:, None] + num_classes - access, 0), VEC)
+    access = places_of(DEPTH, WIDTH // VEC) * VEC
+    before = tl.minimum(tl.maximum(by_row(head) - access, 0), VEC)
+    after = tl.minimum(tl.maximum(by_row(head + num_classes) - access, 0), VEC)
     bits = (1 << after) - (1 << before)
-    at = head[:, None] + target[:, None] - access
+    at = by_row(head + target) - access
     bits &= ~tl.where((at >= 0) & (at < VEC), 1 << (at & (VEC - 1)), 0)
-    kept = (bits[:, :, None] >> tl.arange(0, VEC)[None, None, :]) & 1
-    return tl.reshape(kept, [ROWS, BLOCK]) != 0
+    kept = (bits[:, :, :, None] >> tl.arange(0, VEC)[None, None, None, :]) & 1
+    return tl.reshape(kept, [DEPTH, ROWS, WIDTH]) != 0
 
 
 @triton.jit
@@ -120,18 +127,22 @@ def of_whole_rows(
     target,
     num_classes,
     dtype: tl.constexpr,
+    DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
     VEC: tl.constexpr,
     HEADS: tl.constexpr,
 ):
     """(m, s, t) of ROWS rows that fit a tile, of what :func:`.tiles.load_rows` found there: nothing is rescaled."""
-    kept = of_row(head, target, num_classes, ROWS, BLOCK, VEC) if HEADS else classes != target[:, None]
-    z = tl.where(kept, z.to(dtype), -float("inf"))
-    shift = tl.maximum(tl.max(z, 1) * LOG2E, FLOOR)
-    y = finite(z * LOG2E - shift[:, None])
+    if HEADS:
+        kept = of_row(head, target, num_classes, DEPTH, ROWS, WIDTH, VEC)
+    else:
+        kept = is_target(target, DEPTH, ROWS, WIDTH, VEC) == 0
+    z = tl.where(kept, widen(z, dtype), -float("inf"))
+    shift = tl.maximum(tl.max(tl.max(z, 0), 1) * LOG2E, FLOOR)
+    y = finite(z * LOG2E - by_row(shift))
     weight = tl.exp2(y)
-    return shift, tl.sum(weight, 1), tl.sum(weight * y, 1)
+    return shift, tl.sum(tl.sum(weight, 0), 1), tl.sum(tl.sum(weight * y, 0), 1)
 
 
 @triton.jit
@@ -141,15 +152,18 @@ def read_whole_rows(
     wanted,
     num_classes,
     dtype: tl.constexpr,
+    DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
     VEC: tl.constexpr,
     ALIGN: tl.constexpr,
     HEADS: tl.constexpr,
 ):
     head = first_classes(base, ROWS, VEC, HEADS)
-    z, classes, _ = load_rows(base, head, 0, wanted, num_classes, 1, BLOCK, VEC, ALIGN, HEADS, -float("inf"))
-    return of_whole_rows(z, classes, head, target, num_classes, dtype, ROWS, BLOCK, VEC, HEADS)
+    z, classes, _ = load_rows(
+        base, head, 0, wanted, num_classes, 1, DEPTH, WIDTH, VEC, ALIGN, HEADS, -float("inf")
+    )  # fmt: skip
+    return of_whole_rows(z, classes, head, target, num_classes, dtype, DEPTH, ROWS, WIDTH, VEC, HEADS)
 
 
 @triton.jit
@@ -173,10 +187,12 @@ def read_side_by_side(
     moment = tl.zeros([ROWS, 1], dtype)
     head = first_classes(base, ROWS, VEC, False)
     for start in range(0, num_classes, VEC):
-        z, classes, _ = load_rows(base, head, start, inside, num_classes, stride_k, VEC, VEC, 1, False, -float("inf"))
-        kept = classes != target[:, None]
-        kept &= wanted[:, None]
-        z = tl.where(kept, z.to(dtype), -float("inf"))
+        z, classes, _ = load_rows(
+            base, head, start, inside, num_classes, stride_k, 1, VEC, VEC, 1, False, -float("inf")
+        )
+        kept = classes != by_row(target)
+        kept &= by_row(wanted)
+        z = tl.where(kept, widen(z, dtype), -float("inf"))
         shift, total, moment = fold(tl.reshape(z, [ROWS, 1, VEC]), shift, total, moment)
     return merge(shift, total, moment, 1)
 
@@ -193,6 +209,7 @@ def read_one(
     ignore_index,
     dtype: tl.constexpr,
     LONG: tl.constexpr,
+    DEPTH: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -217,7 +234,7 @@ def read_one(
         else:
             one = tl.arange(0, 1)
             shift, total, moment = read_whole_rows(
-                base + one, target + one, one == 0, num_classes, dtype, 1, BLOCK, VEC, ALIGN, HEADS
+                base + one, target + one, one == 0, num_classes, dtype, DEPTH, 1, BLOCK, VEC, ALIGN, HEADS
             )
     return shift, total, moment
 
@@ -236,6 +253,7 @@ def read_several(
     stride_d,
     dtype: tl.constexpr,
     ACROSS: tl.constexpr,
+    DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
@@ -250,6 +268,6 @@ def read_several(
         )
     else:
         shift, total, moment = read_whole_rows(
-            base, target, wanted, num_classes, dtype, ROWS, LANES * VEC, VEC, ALIGN, HEADS
+            base, target, wanted, num_classes, dtype, DEPTH, ROWS, LANES * VEC, VEC, ALIGN, HEADS
         )
     return shift, total, moment

@@ -11,6 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from cot_kernels.backends.triton.tiles import LN2, LOG2E
 from cot_kernels.objectives import (
     ComplementEntropyObjective,
     CrossEntropyObjective,
@@ -20,38 +21,39 @@ from cot_kernels.objectives import (
 
 
 @triton.jit
-def _sigmoid(x):
-    return 1 / (1 + tl.exp(-x))
+def _exp(x):
+    """As a power of two, a single instruction: tl.exp keeps subnormal results, which are of no use here."""
+    return tl.exp2(x * LOG2E)
 
 
 @triton.jit
-def _log1p(x):
-    """ln(1 + x) for x >= 0: the rounding of 1 + x is put back to first order."""
-    y = 1 + x
-    return tl.log(y) + (x - (y - 1)) / y
+def _odds(log_odds):
+    """1 - p and p, and x = e^-|b|, of which both are made, with 1 / (1 + x)."""
+    x = _exp(-tl.abs(log_odds))
+    inverse = 1 / (1 + x)
+    less = x * inverse
+    return tl.where(log_odds < 0, less, inverse), tl.where(log_odds < 0, inverse, less), x, inverse
 
 
 @triton.jit
 def complement_entropy(log_odds, negentropy, scale, eps, unused):
-    miss = _sigmoid(log_odds)  # 1 - p
-    guarded = miss + eps
-    # u = 0 where 1 - p underflows, and there u ln u is 0, not 0 * -inf; with eps = 0, u is 1 even at 0 / 0. A NaN
-    # is not 0, and shows.
-    u = tl.where(guarded != 0, miss / guarded, 1.0)
-    log_u = tl.where(u > 0, tl.log(u), 0.0)
+    """With e^-b = p / (1 - p), u is 1 / (1 + eps + eps e^-b), and p eps / (1 - p + eps) is u eps e^-b."""
+    raised = tl.where((eps != 0) | (log_odds != log_odds), eps * _exp(-log_odds), 0.0)
+    v = 1 + eps + raised  # 1 / u
+    u = 1 / v
+    log_u = tl.where(u != 0, -tl.log2(v) * LN2, 0.0)  # u = 0 where 1 - p underflows, and there u ln u is 0
     loss = scale * u * (negentropy + log_u)
     d_negentropy = scale * u
-    at_target = tl.where(guarded != 0, _sigmoid(-log_odds) * eps / guarded, 0.0)
+    at_target = tl.where(raised == float("inf"), 1.0, raised * u)
     return loss, (loss + d_negentropy) * at_target, d_negentropy
 
 
 @triton.jit
 def guided_complement_entropy(log_odds, negentropy, scale, eps, alpha):
     loss, d_log_odds, d_negentropy = complement_entropy(log_odds, negentropy, scale, eps, 0.0)
-    p = _sigmoid(-log_odds)
-    miss = _sigmoid(log_odds)
+    miss, p, _, _ = _odds(log_odds)
     guided = p + eps
-    guide = tl.where(guided != 0, tl.exp(alpha * tl.log(guided)), tl.where(alpha > 0, 0.0, 1.0))
+    guide = tl.where(guided != 0, tl.exp2(alpha * tl.log2(guided)), tl.where(alpha > 0, 0.0, 1.0))
     # p (1 - p) / (p + eps) is 0 / 0 where p underflows and eps = 0; its limit there is 1.
     ratio = tl.where(guided != 0, p * miss / guided, miss)
     return guide * loss, guide * (d_log_odds - alpha * ratio * loss), guide * d_negentropy
@@ -59,11 +61,14 @@ def guided_complement_entropy(log_odds, negentropy, scale, eps, alpha):
 
 @triton.jit
 def cross_entropy(log_odds, negentropy, scale, weight, unused):
-    softplus = tl.maximum(log_odds, 0.0, propagate_nan=tl.PropagateNan.ALL) + _log1p(tl.exp(-tl.abs(log_odds)))
-    loss = scale * softplus
+    miss, _, x, inverse = _odds(log_odds)
+    # ln(1 + x): the rounding of 1 + x is put back to first order.
+    y = 1 + x
+    log1p = tl.log2(y) * LN2 + (x - (y - 1)) * inverse
+    loss = scale * (tl.maximum(log_odds, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p)
     # Kept apart: a weight of 0 must not turn an infinite or NaN negentropy into a NaN loss.
     loss += tl.where(weight != 0, scale * weight * negentropy, 0.0)
-    return loss, scale * _sigmoid(log_odds), scale * weight + tl.zeros_like(negentropy)
+    return loss, scale * miss, scale * weight + tl.zeros_like(negentropy)
 
 
 def device_twin(objective: Objective) -> tuple[Any, tuple[float, float, float]]:

@@ -119,6 +119,7 @@ def statistics_kernel(
     ACROSS: tl.constexpr,
     ROWS: tl.constexpr,
     TURNS: tl.constexpr,
+    DEPTH: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -138,12 +139,12 @@ def statistics_kernel(
         if ROWS == 1:
             shift, total, moment = read_one(
                 logits_pointer, target_pointer, block, num_classes, inner, stride_n, stride_d,
-                ignore_index, dtype, LONG, LANES, VEC, ALIGN, HEADS,
+                ignore_index, dtype, LONG, DEPTH, LANES, VEC, ALIGN, HEADS,
             )  # fmt: skip
         else:
             shift, total, moment = read_several(
                 logits_pointer, rows, target, wanted, num_rows, num_classes, inner, stride_n, stride_k, stride_d,
-                dtype, ACROSS, ROWS, LANES, VEC, ALIGN, HEADS,
+                dtype, ACROSS, DEPTH, ROWS, LANES, VEC, ALIGN, HEADS,
             )  # fmt: skip
         target_logit = load_target_logits(
             logits_pointer, rows, target, wanted, inner, stride_n, stride_k, stride_d, dtype
@@ -164,14 +165,14 @@ def statistics_kernel(
             if ROWS == 1:
                 shift, total, moment = read_one(
                     logits_pointer, target_pointer, first + turn, num_classes, inner, stride_n, stride_d,
-                    ignore_index, dtype, LONG, LANES, VEC, ALIGN, HEADS,
+                    ignore_index, dtype, LONG, DEPTH, LANES, VEC, ALIGN, HEADS,
                 )  # fmt: skip
             else:
                 some = first + turn * ROWS + tl.arange(0, ROWS)
                 some_targets, asked, _ = load_targets(target_pointer, some, num_rows, num_classes, ignore_index)
                 shift, total, moment = read_several(
                     logits_pointer, some, some_targets, asked, num_rows, num_classes, inner, stride_n, stride_k,
-                    stride_d, dtype, ACROSS, ROWS, LANES, VEC, ALIGN, HEADS,
+                    stride_d, dtype, ACROSS, DEPTH, ROWS, LANES, VEC, ALIGN, HEADS,
                 )  # fmt: skip
             here = (tl.arange(0, TURNS) == turn)[:, None]
             shifts = tl.where(here, shift[None, :], shifts)

@@ -21,19 +21,35 @@ def row_pointers(pointer, rows, inner, stride_n, stride_d):
 
 
 @triton.jit
+def to_class(target, num_classes):
+    """A target as int32, -1 where it is out of range, and whether it is in range."""
+    in_range = target.to(tl.uint64) < num_classes.to(tl.uint64)  # below 0 is huge
+    return tl.where(in_range, target, -1).to(tl.int32), in_range
+
+
+@triton.jit
 def load_targets(target_pointer, rows, num_rows, num_classes, ignore_index):
     """Targets as int32 (-1 where out of range), the rows to compute, and those among them that are out of range."""
     inside = rows < num_rows
     target = tl.load(target_pointer + rows, mask=inside, other=0).to(tl.int64)
     wanted = inside & (target != ignore_index)
-    in_range = (target >= 0) & (target < num_classes)
-    return tl.where(in_range, target, -1).to(tl.int32), wanted, wanted & (in_range == 0)
+    target, in_range = to_class(target, num_classes)
+    return target, wanted, wanted & (in_range == 0)
 
 
 @triton.jit
 def load_target_logits(logits_pointer, rows, target, wanted, inner, stride_n, stride_k, stride_d, dtype: tl.constexpr):
     place = row_pointers(logits_pointer, rows, inner, stride_n, stride_d) + target.to(tl.int64) * stride_k
     return tl.load(place, mask=wanted & (target >= 0), other=0.0).to(dtype)
+
+
+@triton.jit
+def widen(z, dtype: tl.constexpr):
+    """Logits in the precision they are computed in. A bfloat16 is the upper half of a float32: of a pair in one
+    register, each then takes one instruction, where the compiler's own conversion takes three for both."""
+    if z.dtype == tl.bfloat16:
+        z = (z.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return z.to(dtype)
 
 
 @triton.jit
@@ -83,6 +99,28 @@ def first_classes(base, ROWS: tl.constexpr, VEC: tl.constexpr, HEADS: tl.constex
 
 
 @triton.jit
+def by_row(values):
+    """One value a row, [ROWS], beside a tile [DEPTH, ROWS, WIDTH] of the rows."""
+    return values[None, :, None]
+
+
+@triton.jit
+def places_of(DEPTH: tl.constexpr, WIDTH: tl.constexpr):
+    """The places of a tile in a row, [DEPTH, 1, WIDTH]."""
+    return (tl.arange(0, DEPTH) * WIDTH)[:, None, None] + tl.arange(0, WIDTH)[None, None, :]
+
+
+@triton.jit
+def is_target(target, DEPTH: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr):
+    """Whether a place is the one numbered ``target``, [ROWS]: [DEPTH, ROWS, WIDTH].
+
+    From how far that is from the first place of an access, so that a place costs a comparison with a constant.
+    """
+    at = by_row(target) - places_of(DEPTH, WIDTH // VEC) * VEC
+    return tl.reshape(at[:, :, :, None] == tl.arange(0, VEC)[None, None, None, :], [DEPTH, ROWS, WIDTH])
+
+
+@triton.jit
 def load_rows(
     base,
     head,
@@ -90,29 +128,32 @@ def load_rows(
     wanted,
     num_classes,
     stride_k,
-    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
     VEC: tl.constexpr,
     ALIGN: tl.constexpr,
     HEADS: tl.constexpr,
     OTHER: tl.constexpr,
 ):
-    """A tile of BLOCK places of several rows: logits [ROWS, BLOCK], their classes, and which of those there are.
+    """A tile of several rows: logits [DEPTH, ROWS, WIDTH], their classes, and which of those there are.
+
+    Threads lie along WIDTH and ROWS: each has DEPTH accesses of a row, so that few threads share one.
 
     Rows that begin anywhere are read from the boundary before them, in whole accesses: an access that holds one class
     of the row is within its allocation, whatever else it holds. Of what lies outside of the row, accesses that are not
     made give OTHER, the others anything.
     """
-    places = start + tl.arange(0, BLOCK)
+    places = start + places_of(DEPTH, WIDTH)
     if HEADS:
-        classes = places[None, :] - head[:, None]
-        access = (places // VEC * VEC)[None, :]
-        touched = (access + VEC > head[:, None]) & (access < head[:, None] + num_classes)
-        pointers = step_back(base, head, VEC)[:, None] + places[None, :]
-        z = tl.load(pointers, mask=wanted[:, None] & touched, other=OTHER)
+        classes = places - by_row(head)
+        access = places // VEC * VEC
+        touched = (access + VEC > by_row(head)) & (access < by_row(head + num_classes))
+        pointers = by_row(step_back(base, head, VEC)) + places
+        z = tl.load(pointers, mask=by_row(wanted) & touched, other=OTHER)
         within = classes.to(tl.uint32) < num_classes.to(tl.uint32)  # below 0 is huge
     else:
-        classes = places[None, :]
+        classes = places
         within = classes < hint(num_classes, ALIGN)
-        pointers = base[:, None] + classes.to(tl.int64) * stride_k
-        z = tl.load(pointers, mask=wanted[:, None] & within, other=OTHER)
+        pointers = by_row(base) + classes.to(tl.int64) * stride_k
+        z = tl.load(pointers, mask=by_row(wanted) & within, other=OTHER)
     return z, classes, within

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cot_kernels.backends.triton.gradient import write_ends, write_rows, write_tile
+from cot_kernels.backends.triton.gradient import write_rows, write_tile
 from cot_kernels.backends.triton.monoid import of_whole_rows, read_row
 from cot_kernels.backends.triton.objectives import cross_entropy
 from cot_kernels.backends.triton.statistics import row_values
@@ -44,14 +44,15 @@ def value_and_gradient_kernel(
     HAS_UPSTREAM: tl.constexpr,
     GRADIENT: tl.constexpr,
     LONG: tl.constexpr,
+    DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     ALIGN: tl.constexpr,
-    HEADS: tl.constexpr,
+    TAIL: tl.constexpr,  # the last access of a short row holds what are no classes
 ):
-    """ROWS rows: their values, and their gradient in place of their logits."""
-    BLOCK: tl.constexpr = LANES * VEC
+    """ROWS rows: their values, and their gradient in place of their logits, and of what pads them to 16 bytes."""
+    WIDTH: tl.constexpr = LANES * VEC
     block = tl.program_id(0).to(tl.int64)
     num_rows = tl.cast(num_rows, tl.int64)
     rows = block * ROWS + tl.arange(0, ROWS)
@@ -65,16 +66,20 @@ def value_and_gradient_kernel(
         base = logits_pointer + block * stride_n
         head = misalignment(base, ALIGN)
         aligned = step_back(base, head, ALIGN)
-        tiles = tl.cdiv(num_classes + head, BLOCK)
+        tiles = tl.cdiv(num_classes + head, WIDTH)
         read = tl.where(one_wanted, tiles, 0)
         shift, total, moment = read_row(
             aligned, head, one_target, 0, read, num_classes, dtype, LANES, VEC, "evict_last" if GRADIENT else ""
         )
     else:
         base = logits_pointer + rows * hint(stride_n, ALIGN)
-        head = first_classes(base, ROWS, VEC, HEADS)
-        z, classes, within = load_rows(base, head, 0, wanted, num_classes, 1, BLOCK, VEC, ALIGN, HEADS, -float("inf"))
-        shift, total, moment = of_whole_rows(z, classes, head, target, num_classes, dtype, ROWS, BLOCK, VEC, HEADS)
+        head = first_classes(base, ROWS, VEC, False)
+        z, classes, within = load_rows(
+            base, head, 0, wanted, tl.cdiv(num_classes, VEC) * VEC, 1, DEPTH, WIDTH, VEC, ALIGN, False, -float("inf")
+        )  # fmt: skip
+        shift, total, moment = of_whole_rows(
+            z, classes, head, target, num_classes, dtype, DEPTH, ROWS, WIDTH, VEC, TAIL
+        )
 
     # Of an ignored row nothing was read: its negentropy is 0.
     log_total, negentropy, log_odds, _ = row_values(target_logit, shift, total, moment)
@@ -109,18 +114,14 @@ def value_and_gradient_kernel(
             one_at_target = tl.sum(at_target, 0)
             for turn in range(tiles):
                 tile = tiles - 1 - turn
-                pointers = aligned + tile * BLOCK
+                pointers = aligned + tile * WIDTH
                 write_tile(
-                    pointers, pointers, tile * BLOCK - head, one_target, num_classes,
-                    one_shift, one_log_total, one_slope, one_offset, one_at_target, BLOCK, "evict_first",
+                    pointers, pointers, tile * WIDTH - head, one_target, num_classes,
+                    one_shift, one_log_total, one_slope, one_offset, one_at_target, WIDTH, VEC, "evict_first",
                 )  # fmt: skip
         else:
+            log_total = tl.where(wanted, log_total, float("inf"))
             write_rows(
-                z, classes, within, base, head, target, inside, wanted, num_classes, 1,
-                shift, log_total, slope, offset, at_target, BLOCK, VEC, HEADS,
+                z, classes, within, base, head, target, inside, wanted, num_classes,
+                shift, log_total, slope, offset, at_target, DEPTH, ROWS, WIDTH, VEC, False,
             )  # fmt: skip
-            if HEADS:
-                write_ends(
-                    base, base, head, target, inside, wanted, num_classes,
-                    shift, log_total, slope, offset, at_target, VEC,
-                )  # fmt: skip
