@@ -43,8 +43,14 @@ class Emulated:
                         allocated[first] = (memory.allocate(bytes(storage.tolist())), storage)
                     value = allocated[first][0] + value.data_ptr() - first
                 values.append(float(value) if kind == "fp64" else int(value))
+            # In place, accesses that rows share are read by one program and written by another: what that writes is
+            # no part of the row that the first is after.
+            in_place = self.kernel.__name__ == "gradient_kernel" and given["grad_pointer"] is given["logits_pointer"]
             compiled_for = compiled.metadata
-            ptx.launch(compiled.asm["ptx"], memory, values, grid[0], compiled_for.num_warps, compiled_for.shared)
+            ptx.launch(
+                compiled.asm["ptx"], memory, values, grid[0], compiled_for.num_warps, compiled_for.shared,
+                ordered=not in_place,
+            )  # fmt: skip
             for start, storage in allocated.values():
                 content = bytearray(memory.bytes[start : start + storage.nbytes()].tobytes())
                 if content:

@@ -18,12 +18,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from ptx_memory import ACCESS, Memory, Races
 
 Array: TypeAlias = NDArray[Any]
 
 WARP = 32
-_PAGE = 1 << 16  # between allocations: what runs over the end of one finds nothing
-_ACCESS = 16  # bytes: an allocation ends on a multiple of it
 
 _SIZES = {"8": 1, "16": 2, "32": 4, "64": 8, "16x2": 4, "32x2": 8}
 
@@ -99,41 +98,6 @@ def parse(ptx: str) -> tuple[list[Instruction], dict[str, int], list[str]]:
     return instructions, labels, parameters
 
 
-class Memory:
-    """Allocations in a space of addresses of its own."""
-
-    def __init__(self) -> None:
-        self.starts: list[int] = []
-        self.contents: list[int] = []  # where they end
-        self.ends: list[int] = []  # and the last access of 16 bytes
-        self.bytes = np.zeros(_PAGE, np.uint8)
-
-    def allocate(self, content: bytes) -> int:
-        start = len(self.bytes)
-        padded = -(-len(content) // _ACCESS) * _ACCESS
-        room = np.full(-(-(padded + 1) // _PAGE) * _PAGE, 0xFF, np.uint8)  # NaN, where it is read
-        room[: len(content)] = np.frombuffer(content, np.uint8)
-        self.bytes = np.concatenate((self.bytes, room))
-        self.starts.append(start)
-        self.contents.append(start + len(content))
-        self.ends.append(start + padded)
-        return start
-
-    def places(self, address: Array, size: int, count: int, text: str) -> Array:
-        """Which elements of ``size`` bytes there are from the addresses on: [lanes, count].
-
-        A load may take what fills up the last 16 bytes of an allocation, a store may not.
-        """
-        address = address.view(np.int64)
-        if (address % (size * count)).any():
-            raise ValueError(f"an access of {size * count} bytes is not aligned to them: {text}")
-        at = np.searchsorted(np.array(self.starts), address, side="right") - 1
-        ends = np.array(self.contents if "st.global" in text else self.ends)
-        if (at < 0).any() or (address + size * count > ends[at]).any():
-            raise ValueError(f"an access lies beside every allocation: {text}")
-        return address[:, None] // size + np.arange(count)
-
-
 def _bfloat16(value: Array) -> Array:
     """float32 rounded to nearest even, as its upper 16 bits."""
     bits = value.view(np.uint32)
@@ -185,7 +149,9 @@ _BINARY: dict[str, Callable[[Array, Array], Array]] = {
 class Machine:
     """A grid of programs that executes one kernel: ``lanes`` threads, and every register for all of them."""
 
-    def __init__(self, ptx: str, memory: Memory, programs: int, warps: int, shared_bytes: int) -> None:
+    def __init__(self, ptx: str, memory: Memory, programs: int, warps: int, shared_bytes: int, ordered: bool) -> None:
+        self.races = Races(len(memory.bytes), warps * WARP) if ordered else None
+        self.barriers = np.zeros(programs, np.int64)  # that each program has passed
         self.code, self.labels, self.parameters = parse(ptx)
         self.memory = memory
         self.threads = threads = warps * WARP
@@ -197,7 +163,7 @@ class Machine:
             "%nctaid.x": np.full(self.lanes, programs, np.uint32),
         }
         self.lane = lane
-        self.shared_bytes = -(-max(shared_bytes, _ACCESS) // 256) * 256
+        self.shared_bytes = -(-max(shared_bytes, ACCESS) // 256) * 256
         self.shared = np.full(programs * self.shared_bytes, 0xFF, np.uint8)
         self.shared_base = (lane // threads) * self.shared_bytes
         self.registers: dict[str, Array] = {}
@@ -242,7 +208,10 @@ class Machine:
             place[active] = self.labels[instruction.operands[0]]
         elif name in ("ret", "exit"):
             place[active] = len(self.code)
-        elif name not in ("bar", "createpolicy"):
+        elif name == "bar":
+            if "warp" not in instruction.operation or self.threads == WARP:
+                self.barriers[np.unique(active // self.threads)] += 1
+        elif name != "createpolicy":
             try:
                 self._execute(instruction, active)
             except (KeyError, ValueError) as error:
@@ -482,6 +451,9 @@ class Machine:
         else:
             memory = self.memory.bytes
             places = self.memory.places(at, dtype.itemsize, len(names), text)
+            if self.races is not None:
+                barriers = self.barriers[active // self.threads]
+                self.races.access(at, dtype.itemsize * len(names), active, barriers, name == "st")
         elements = memory.view(dtype)
         for index, register in enumerate(names):
             if name == "ld":
@@ -490,13 +462,22 @@ class Machine:
                 elements[places[:, index]] = self._value(register, dtype, active)
 
 
-def launch(ptx: str, memory: Memory, arguments: Sequence[int | float], programs: int, warps: int, shared: int) -> int:
+def launch(
+    ptx: str,
+    memory: Memory,
+    arguments: Sequence[int | float],
+    programs: int,
+    warps: int,
+    shared: int,
+    ordered: bool = False,
+) -> int:
     """Runs a kernel. Returns the instructions executed, by all threads together.
 
     Args:
         arguments: of the kernel in their order; of a pointer, an address in the memory. Those that Triton adds at the
             end, for scratch that these kernels do not use, are not among them.
+        ordered: whether it is an error that nothing orders two accesses of a place of which one writes.
     """
-    machine = Machine(ptx, memory, programs, warps, shared)
+    machine = Machine(ptx, memory, programs, warps, shared, ordered)
     machine.run([*arguments, *[0] * (len(machine.parameters) - len(arguments))])
     return machine.executed

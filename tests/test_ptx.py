@@ -31,12 +31,12 @@ KERNEL = """
 """
 
 
-def run(body: str, content: np.ndarray | None = None, argument: int = 0) -> np.ndarray:
+def run(body: str, content: np.ndarray | None = None, argument: int = 0, ordered: bool = False) -> np.ndarray:
     """What 32 threads leave in as many numbers of 32 bits."""
     content = np.zeros(32, np.uint32) if content is None else content
     memory = ptx.Memory()
     start = memory.allocate(content.tobytes())
-    ptx.launch(KERNEL.format(body=body), memory, [start, argument], programs=1, warps=1, shared=256)
+    ptx.launch(KERNEL.format(body=body), memory, [start, argument], programs=1, warps=1, shared=256, ordered=ordered)
     return memory.bytes[start : start + content.nbytes].view(content.dtype)
 
 
@@ -177,3 +177,23 @@ def test_layouts_are_exchanged_by_matrices() -> None:
     turned = run(store + "ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%r9}, [%r4];")
     low = 8 * (2 * (LANE % 4)) + LANE // 4  # element (row, column) holds 8 row + column
     assert (turned == low + ((low + 8) << 16)).all()
+
+
+def test_nothing_orders_accesses_but_a_barrier() -> None:
+    """A thread reads what another one writes, before that or after; or both write."""
+    other = "xor.b32 %r3, %r2, 1;\n mad.wide.u32 %rd3, %r3, 4, %rd1;\n"
+    read, barrier = "ld.global.b32 { %r9 }, [ %rd3 + 0 ];\n", "bar.sync 0;\n"
+    wrote = "st.global.b32 [ %rd3 + 0 ], { %r2 };\n"
+    own = "st.global.b32 [ %rd2 + 0 ], { %r2 };\n"
+    assert (run(other + read + barrier, LANE, ordered=True) == LANE ^ 1).all()
+    assert (run(own + barrier + other + read + barrier, ordered=True) == LANE ^ 1).all()
+    assert (run(other + wrote + barrier + "mov.b32 %r9, 5;\n", ordered=True) == 5).all()
+    run("ld.global.b32 { %r9 }, [ %rd2 + 0 ];\n", LANE, ordered=True)  # its own place
+    all_read_one = "ld.global.b32 { %r9 }, [ %rd1 + 0 ];\n"
+    run(all_read_one + barrier + "ld.global.b32 { %r9 }, [ %rd2 + 0 ];\n", LANE, ordered=True)
+    for races in (other + read, own + other + read + barrier, other + wrote + "mov.b32 %r9, 5;\n"):
+        run(races, LANE)
+        with pytest.raises(RuntimeError, match="no barrier lies between"):
+            run(races, LANE, ordered=True)
+    with pytest.raises(RuntimeError, match="no barrier lies between"):
+        run(all_read_one, LANE, ordered=True)
