@@ -125,8 +125,10 @@ def work_of(case: Case, launch: Launch, program: Program, registers: int) -> dic
     turns = given["turns"] if launch.kernel == "statistics" else 1  # of rows
     logits = turns * rows * case.classes * tiles / row_tiles / threads  # of rows, without what fills their last tile
     # The tile of the target and, where they are cut short, those at the ends: of the tiles of a row, so many.
-    cut = (case.classes % block > 0) + (case.layout == "long, odd")
+    cut = (case.classes % block > 0) + (case.layout == "long, odd" and not twice)
     target_tile, end_tile = path.masked if long and path.masked else (path.turn, path.turn)
+    if target.startswith("gfx"):  # one of its ways is there and never taken: the longest for both
+        target_tile = end_tile
     a_tile = path.turn + (target_tile - path.turn + min(cut, row_tiles - 1) * (end_tile - path.turn)) / row_tiles
     executed = (path.once + turns * ((path.around or 0) + tiles * a_tile)) / logits
     special = (path.once_special + turns * (path.around_special + tiles * path.turn_special)) / logits

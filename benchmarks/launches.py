@@ -53,12 +53,13 @@ Layout: TypeAlias = Literal[
     "class-major, odd",
 ]
 
-# Every tile that the launch table holds: one number of classes for each width of a short row's block.
+# Every tile that the launch table holds: one number of classes for each width of a short row's block, most of which it
+# fills. 520 and 1,032 are where half of the tiles is empty.
 CLASSES: dict[Layout, tuple[int, ...]] = {
-    "short": (8, 16, 32, 64, 128, 256, 512, 1000),
+    "short": (8, 16, 32, 64, 128, 256, 512, 520, 1000),
     "short, odd": (5, 9, 25, 57, 121, 249, 505, 1001),
     "short, sliced": (10, 1001),
-    "long": (4096, 128256),
+    "long": (1032, 4096, 128256),
     "long, odd": (5001, 50257),
     "long, sliced": (50257,),
     "class-major": (21,),

@@ -515,6 +515,19 @@ def test_two_classes(device: torch.device) -> None:
         cot_kernels.complement_cross_entropy(logits, target, normalization="entropy")
 
 
+@pytest.mark.parametrize("classes", [5, 100, 1500])
+def test_a_class_at_minus_infinity_gets_no_gradient_however_large_its_factor(
+    classes: int, device: torch.device
+) -> None:
+    logits = draw(3, classes, None)[0].float()
+    logits[:, 3] = -torch.inf
+    leaf = logits.to(device).requires_grad_()
+    target = torch.zeros(3, dtype=torch.int64, device=device)
+    loss = cot_kernels.complement_cross_entropy(leaf, target, gamma=-1e12, normalization="none", reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, 1e12))
+    assert gradient.isfinite().all() and gradient[:, 3].eq(0).all() and gradient[:, 1].ne(0).all()
+
+
 @pytest.mark.parametrize("device", [pytest.param("triton", marks=pytest.mark.gpu)], indirect=True)
 @pytest.mark.parametrize("turns", [1, 2, 3, 4])
 @pytest.mark.parametrize("classes", [4096, 20001])

@@ -29,6 +29,9 @@ from cot_kernels.objectives import Objective, cross_entropy_of
 # A logit at or below the floor has probability zero, as has a masked one at -inf, for which 0 * -inf would be NaN.
 FLOOR = -1e30
 
+# The exponential of this is zero in any precision, and its product with the slope of a row finite with any slope.
+NOTHING = -1e4
+
 # The least of z_j - m in the sums: exp(-87) is nothing beside s >= 1, in float64 too, and an ordinary number, where exp
 # of the floor takes the slow way of arguments that underflow.
 NEGLIGIBLE = -87.0
@@ -184,7 +187,7 @@ def _gradient(logits: Tensor, index: Tensor, ignored: Tensor | None, shift: Tens
             d.copy_(rows).sub_(m)
         else:
             torch.sub(rows, m, out=d)
-        _exp(d.clamp_(min=FLOOR), out=weights)
+        _exp(d.clamp_(min=NOTHING), out=weights)
         weights.mul_(d.mul_(slope).add_(offset)).scatter_(1, target, at_target)
         if skip:  # a NaN in an ignored row must not survive its zero coefficients
             weights.masked_fill_(skip[0], 0)

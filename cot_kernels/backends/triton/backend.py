@@ -146,7 +146,7 @@ def _forward(
             ALIGN=tile.align,
             HEADS=tile.heads and not tile.long,  # long rows look for their boundary anyway
             num_warps=tile.warps,
-            # Any other takes fewer by itself, and a limit only costs instructions.
+            # Others take few enough by themselves, and a limit only costs instructions.
             **(_register_limit(tile) if logits.itemsize == 4 and tile.turns == 1 else {}),
         )  # fmt: skip
     return values, target, state
@@ -179,7 +179,7 @@ def loss(
 
 def _register_limit(tile: launch.Tile) -> dict[str, int]:
     """An option of NVIDIA's compiler alone."""
-    return {"maxnreg": launch.REGISTERS} if tile.rows == 1 and torch.version.hip is None else {}
+    return {"maxnreg": launch.REGISTERS} if tile.long and torch.version.hip is None else {}
 
 
 def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None = None) -> Tensor:

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from cot_kernels.backends.triton.tiles import (
-    FLOOR,
     LOG2E,
+    NOTHING,
     by_row,
     first_classes,
     hint,
@@ -31,8 +31,9 @@ from cot_kernels.backends.triton.tiles import (
 
 @triton.jit
 def complement_gradient(z, shift, log_total, slope, offset):
-    # Subtracting the shift first keeps the rounding of a large L out of q. The clamp is for logits at -inf.
-    x = tl.maximum((z * LOG2E - shift) - log_total, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    # Subtracting the shift first keeps the rounding of a large L out of q. The clamp is for logits at -inf: there 2^x
+    # is 0 in any precision, and slope x finite with any slope.
+    x = tl.maximum((z * LOG2E - shift) - log_total, NOTHING, propagate_nan=tl.PropagateNan.ALL)
     return tl.exp2(x) * (slope * x - offset)
 
 
@@ -50,6 +51,7 @@ def write_tile(
     at_target,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
     """The gradient of the BLOCK classes from ``start`` of one row; of an ignored one, without reading it.
@@ -66,7 +68,7 @@ def write_tile(
     elif is_interior(start, target, num_classes, BLOCK):
         z = widen(tl.load(pointers + columns, eviction_policy=EVICTION), dtype)
         tl.store(grad_pointers + columns, complement_gradient(z, shift, log_total, slope, offset).to(out_dtype))
-    elif (start >= 0) & (start + BLOCK <= num_classes):
+    elif (start >= 0) & (start + BLOCK <= num_classes) & (ALIGN > 1):
         z = widen(tl.load(pointers + columns, eviction_policy=EVICTION), dtype)
         grad = complement_gradient(z, shift, log_total, slope, offset)
         at = tl.reshape(is_target(tl.full([1], target - start, tl.int32), 1, 1, BLOCK, VEC), [BLOCK])
@@ -115,7 +117,7 @@ def load_state(
 
 @triton.jit
 def silence(wanted, slope, offset, at_target):
-    """With these, and its infinite log2 s, an ignored row gets 2^-inf (0 x + 1), zero, if its logits are finite."""
+    """With these, and its infinite log2 s, an ignored row gets 2^NOTHING (0 x + 1), zero, if no logit is NaN."""
     return tl.where(wanted, slope, 0.0), tl.where(wanted, offset, -1.0), tl.where(wanted, at_target, 0.0)
 
 
@@ -255,7 +257,7 @@ def gradient_kernel(
             place = tile * WIDTH
             write_tile(
                 aligned + place, grad_aligned + place, place - head, target, num_classes,
-                shift, log_total, slope, offset, at_target, WIDTH, VEC, "",
+                shift, log_total, slope, offset, at_target, WIDTH, VEC, ALIGN, "",
             )  # fmt: skip
     elif ACROSS:
         rows = block * ROWS + tl.arange(0, ROWS)

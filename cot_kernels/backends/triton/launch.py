@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Rows of at most this many classes are taken whole, several by a program up to half as many; of longer ones a program
-# takes tile after tile.
+# Rows of at most this many classes, with what precedes them in their first access, are taken whole, several by a
+# program up to half as many; of longer ones a program takes tile after tile.
 SHORT_ROW = 1024
 
 # Programs to keep every multiprocessor busy: with fewer rows than this many a multiprocessor, rows are split.
 PROGRAMS_PER_MULTIPROCESSOR = 4
 
-# Warps of programs to a multiprocessor, eight times what it holds at once with 64 registers a thread, below which the
-# forward pass takes no rows in turn: programs that start together end together, and the last ones leave others idle.
+# Warps of programs to a multiprocessor, eight times what it holds at once with 64 registers a thread, that are left
+# where rows are taken in turn: programs that start together end together, and the last ones leave others idle.
 WARPS_PER_MULTIPROCESSOR = 256
 
 # Tiles of its row, and of whole rows, that a program of the backward pass takes in turn at most.
@@ -27,8 +27,8 @@ SECTOR = 32
 # Rows of which a thread has logits, at most: it holds five numbers of each in the backward pass.
 ROWS_PER_THREAD = 16
 
-# Registers of a thread of the kernels for one row a tile, at most: 64 let 1,024 threads share a multiprocessor, which
-# then has 32 KiB of logits or more under way. Left alone the compiler takes up to 155 backward.
+# Registers of a thread of the kernels for long rows, at most: 64 let 1,024 threads share a multiprocessor, which then
+# has 32 KiB of logits or more under way. Left alone the compiler takes up to 128 backward.
 REGISTERS = 64
 
 # Of more partial sums than this the last program would take longer, a turn's latency after the other, than all before.
@@ -101,8 +101,6 @@ def choose_tile(
         warp: threads of one.
     """
     vec = 16 // itemsize
-    # A thread holds a quarter as many logits in float64, so that no variant runs out of registers.
-    wide = 4 if itemsize > 4 else 1
     if not classes_adjoin:
         # Neighbours in memory are rows, of which a thread takes one, or as many as an access holds. With more classes
         # at once the masks of half precision run out of AMD's scalar registers.
@@ -117,10 +115,12 @@ def choose_tile(
     block = max(next_power_of_two(num_classes + (vec - 1 if heads else 0)), vec)
     if block <= SHORT_ROW:
         # A warp a program, and few threads a row: what every thread of a row does, its merge and the loading of its
-        # state, is done by the fewest, and within a warp. A thread has 32 logits, in float64 8, and where rows begin
-        # anywhere on an AMD GPU 16: more masks than that do not fit its scalar registers.
+        # state, is done by the fewest, and within a warp. A thread has 32 logits, or half as many in float64. On an
+        # AMD GPU masks are scalar registers, of which there are enough for 16, and class by class for 8.
         wholly = aligned or heads
-        a_thread = (16 if heads and warp > 32 else 32) // wide
+        a_thread = 32 if warp == 32 else 16 if wholly else 8
+        if itemsize > 4:
+            a_thread //= 2
         depth = max(1, min(block * itemsize // (PIECE if wholly else SECTOR), a_thread // vec))
         threads = block // depth // (vec if wholly else 1)  # of a row
         return Tile(
@@ -133,7 +133,9 @@ def choose_tile(
             depth=depth,
             warp=warp,
         )
-    # Eight tiles a row or more: what a thread does once a row is spread over 128 logits.
+    # From 4,096 classes on eight tiles a row or more: what a thread does once a row is spread over 128 logits. It has
+    # 16 at a time, in float64 4, so that no variant runs out of registers.
+    wide = 4 if itemsize > 4 else 1
     warps = min(max(next_power_of_two(num_classes + 1) // 8192, 1), 8)
     lanes = 512 * warps // wide // vec
     heads = head_aligned and not rows_aligned

@@ -22,7 +22,7 @@ from cot_kernels.objectives import (
 
 @triton.jit
 def _exp(x):
-    """As a power of two, a single instruction: tl.exp keeps subnormal results, which are of no use here."""
+    """As a power of two: tl.exp keeps subnormal results, which are of no use here and cost instructions."""
     return tl.exp2(x * LOG2E)
 
 
@@ -44,7 +44,7 @@ def complement_entropy(log_odds, negentropy, scale, eps, unused):
     log_u = tl.where(u != 0, -tl.log2(v) * LN2, 0.0)  # u = 0 where 1 - p underflows, and there u ln u is 0
     loss = scale * u * (negentropy + log_u)
     d_negentropy = scale * u
-    at_target = tl.where(raised == float("inf"), 1.0, raised * u)
+    at_target = tl.where(u != 0, raised * u, 0.0)
     return loss, (loss + d_negentropy) * at_target, d_negentropy
 
 

@@ -12,6 +12,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 # A power of two: Triton takes a constant for a float32, and -1e30 would be another number beside its float64 self.
 FLOOR = tl.constexpr(-(2.0**100))
 
+# To this power 2 is zero, in float64 as well.
+NOTHING = tl.constexpr(-4096.0)
+
 
 @triton.jit
 def row_pointers(pointer, rows, inner, stride_n, stride_d):

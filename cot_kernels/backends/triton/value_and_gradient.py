@@ -64,7 +64,7 @@ def value_and_gradient_kernel(
     if LONG:
         one_target, one_wanted, _ = load_targets(target_pointer, block, num_rows, num_classes, ignore_index)
         base = logits_pointer + block * stride_n
-        head = misalignment(base, ALIGN)
+        head = misalignment(base, ALIGN)  # none: but it is this from which the compiler knows
         aligned = step_back(base, head, ALIGN)
         tiles = tl.cdiv(num_classes + head, WIDTH)
         read = tl.where(one_wanted, tiles, 0)
@@ -117,7 +117,7 @@ def value_and_gradient_kernel(
                 pointers = aligned + tile * WIDTH
                 write_tile(
                     pointers, pointers, tile * WIDTH - head, one_target, num_classes,
-                    one_shift, one_log_total, one_slope, one_offset, one_at_target, WIDTH, VEC, "evict_first",
+                    one_shift, one_log_total, one_slope, one_offset, one_at_target, WIDTH, VEC, ALIGN, "evict_first",
                 )  # fmt: skip
         else:
             log_total = tl.where(wanted, log_total, float("inf"))
