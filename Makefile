@@ -42,8 +42,9 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-compile-report: $(VENV)/.installed  ## Registers, spills and access widths of every kernel variant, without a GPU
+compile-report: $(VENV)/.installed  ## Registers, spills, accesses and instructions of the kernels, and predictions, without a GPU
 	$(BIN)/python -m benchmarks.compile_report --output benchmarks/results/compile_report.json
+	$(BIN)/python -m benchmarks.widths --output benchmarks/results/widths.json --figure docs/performance/predicted.png
 
 bench-cpu: $(VENV)/.installed  ## The benchmark suite on this CPU, and its pictures
 	$(BIN)/python -m benchmarks --device cpu --output benchmarks/results/cpu.json

@@ -113,7 +113,7 @@ def work_of(case: Case, launch: Launch, program: Program, registers: int) -> dic
     threads = TARGETS[target].warp_size * warps
     twice = launch.kernel == "value_and_gradient"
     rows = given.get("ROWS", 1)
-    block = given.get("DEPTH", 1) * (given.get("WIDTH") or given["LANES"] * given["VEC"])
+    block = given.get("PIECES", 1) * (given.get("WIDTH") or given["LANES"] * given["VEC"])
     held = rows * block // threads  # places of a tile, a thread
     nested = launch.kernel == "statistics" and given["LONG"] and given["TURNS"] > 1
     path = program.usual_path(held, loops=1 + twice, nested=nested)
@@ -169,11 +169,11 @@ def report_on(case: Case) -> list[Report]:
         identity = (case.target, case.classes, launch.compiled.hash)
         if identity not in _seen:
             _seen.add(identity)
-            reports.append(_read(case, launch))
+            reports.append(read(case, launch))
     return reports
 
 
-def _read(case: Case, launch: Launch) -> Report:
+def read(case: Case, launch: Launch) -> Report:
     compiled = launch.compiled
     identity = (case, launch.kernel, compiled.hash)
     promised = promises_wide_access(case, launch)

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from cot_kernels.backends.triton import backend
+from cot_kernels.backends.triton import backend, launch
 from cot_kernels.objectives import (
     ComplementEntropyObjective,
     CrossEntropyObjective,
@@ -41,7 +41,8 @@ OBJECTIVES: dict[str, Objective] = {
 LOGITS = 2**28  # where rows are many: the size from which on memory is what a loss is held against
 FEW = 64  # rows: of so few long ones, several programs share one
 
-# How the logits lie. Rows of up to 1,024 classes share a program; longer ones have one, or several, to themselves.
+# How the logits lie. Rows of up to 4 KiB are read whole, those of up to 2 KiB several by a program; longer ones tile
+# after tile, and few of them by several programs each.
 Layout: TypeAlias = Literal[
     "short",  # each begins on a 16-byte boundary
     "short, odd",  # anywhere
@@ -53,13 +54,13 @@ Layout: TypeAlias = Literal[
     "class-major, odd",
 ]
 
-# Every tile that the launch table holds: one number of classes for each width of a short row's block, most of which it
-# fills. 520 and 1,032 are where half of the tiles is empty.
+# Of what the launch table holds, every number of lanes a row, with the most pieces, and with the fewest, of which the
+# last one is nearly empty.
 CLASSES: dict[Layout, tuple[int, ...]] = {
-    "short": (8, 16, 32, 64, 128, 256, 512, 520, 1000),
-    "short, odd": (5, 9, 25, 57, 121, 249, 505, 1001),
-    "short, sliced": (10, 1001),
-    "long": (1032, 4096, 128256),
+    "short": (8, 16, 32, 64, 128, 256, 264, 512, 520, 1000, 1032, 2048),
+    "short, odd": (5, 9, 25, 57, 121, 249, 257, 505, 513, 1001, 1033, 2041),
+    "short, sliced": (10, 1001, 2041),
+    "long": (2056, 4096, 128256),
     "long, odd": (5001, 50257),
     "long, sliced": (50257,),
     "class-major": (21,),
@@ -106,7 +107,8 @@ def cases(target: str) -> Iterator[Case]:
     computed in, so bf16 and fp64 stand for all dtypes there.
     """
     for dtype in DTYPES if target == "sm_90" else [each for each in DTYPES if each != "fp64"]:
-        for layout, every in CLASSES.items():
+        for layout in CLASSES:
+            every = _fitting(layout, dtype)
             for classes in every if dtype in ("fp32", "bf16") else every[-1:]:
                 yield Case("mean", layout, classes, dtype, target, "complement_entropy")
                 if layout in ("short", "short, odd", "long", "long, odd"):
@@ -117,8 +119,14 @@ def cases(target: str) -> Iterator[Case]:
             yield from _calls(dtype, target)
 
 
+def _fitting(layout: Layout, dtype: str) -> list[int]:
+    """The numbers of classes of which rows are short in one dtype are long in a wider one."""
+    most = launch.SHORT_ROW // DTYPES[dtype].itemsize
+    return [classes for classes in CLASSES[layout] if classes <= most or not layout.startswith("short")]
+
+
 def _calls(dtype: str, target: str) -> Iterator[Case]:
-    short, long = (CLASSES[layout][-1] for layout in ("short", "long"))
+    short, long = 1000 if dtype == "bf16" else _fitting("short", dtype)[-1], CLASSES["long"][-1]
     for objective in OBJECTIVES:
         for usual in (
             Case("mean", "short", short, dtype, target, objective),

@@ -188,6 +188,30 @@ def growth(results: Rows) -> Figure:
     return with_legend(drawing, [grid[0][0]])
 
 
+def widths(results: Rows) -> Figure:
+    """The predictions of benchmarks/widths.py."""
+    drawing = Figure(figsize=(9.5, 4.2), dpi=130, layout="constrained")
+    axes = drawing.subplots()
+    axes.set_title("predicted from compiled code, both passes, bfloat16, 2^28 logits", fontsize="medium")
+    gpus = list(dict.fromkeys(result["gpu"] for result in results))
+    for gpu, color in zip(gpus, ("#56B4E9", "#009E73", "#0072B2", "#D55E00"), strict=True):
+        for odd, style in ((False, "-"), (True, "--")):
+            found = [result for result in results if (result["gpu"], result["odd"]) == (gpu, odd)]
+            label = None if odd else gpu
+            axes.plot(
+                [each["classes"] for each in found], [each["both"] for each in found],
+                color=color, linestyle=style, linewidth=1.2, marker=".", markersize=3, label=label,
+            )  # fmt: skip
+    axes.plot([], [], color="0.3", linestyle="--", linewidth=1.2, label="an odd number of classes")
+    axes.axhline(0.9, color="0.4", linewidth=0.8, linestyle=":", label="goal from 1,000 classes on")
+    axes.set(xscale="log", xlabel="classes", ylabel="share of a copy's bandwidth", ylim=(0, 1.04))
+    axes.set_xticks([10, 100, 1000, 10000, 100000], ["10", "100", "1,000", "10,000", "100,000"])
+    axes.grid(color="0.9", linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small", loc="lower right")
+    return drawing
+
+
 def write(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -253,7 +253,9 @@ class Machine:
             return
         value = value if value.dtype == np.bool_ else value.view(_unsigned(value.dtype.itemsize))
         if operand not in self.registers:
-            self.registers[operand] = np.zeros(self.lanes, value.dtype)
+            # In lanes that did not write it as well; but a predicate holds no more than False.
+            held = np.zeros(self.lanes, value.dtype)
+            self.registers[operand] = held if value.dtype == np.bool_ else ~held
         held = self.registers[operand]
         if held.dtype.itemsize != value.dtype.itemsize:  # the upper bits of a wider register
             value = value.astype(held.dtype)

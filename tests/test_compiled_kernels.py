@@ -133,7 +133,7 @@ def test_many_long_rows_wait_for_memory(reports: list[dict[str, Any]]) -> None:
 
 
 def test_both_passes_are_predicted_to_reach_the_goal(reports: list[dict[str, Any]]) -> None:
-    """0.90 of a copy's bandwidth from 1,000 classes on, at 2^28 logits in bf16; less where half of a tile is empty."""
+    """0.90 of a copy's bandwidth from 1,000 classes on, at 2^28 logits in bf16."""
     shares: dict[tuple[str, str, int], dict[str, float]] = {}
     for report in reports:
         case = report["case"]
@@ -147,5 +147,29 @@ def test_both_passes_are_predicted_to_reach_the_goal(reports: list[dict[str, Any
             assert (layout, list(kernels)) == ("long, sliced", ["gradient"])
             continue
         share = both_passes(kernels["statistics"], kernels["gradient"])
-        known_gaps = {("B200", "short, sliced", 1001): 0.85, ("H200", "long", 1032): 0.8, ("B200", "long", 1032): 0.7}
-        assert share >= known_gaps.get((gpu, layout, classes), 0.9), (gpu, layout, classes, share)
+        known_gap = gpu == "B200" and (layout in ("short, odd", "short, sliced") or classes == 2056)
+        assert share >= (0.84 if known_gap else 0.9), (gpu, layout, classes, share)
+
+
+def test_the_committed_predictions_are_those_of_the_kernels() -> None:
+    """A few of benchmarks/results/widths.json, from which a figure is drawn; all of which reach the goal but B200's."""
+    committed = json.loads((ROOT / "benchmarks" / "results" / "widths.json").read_text())
+    rows = committed["results"]
+    large = [row for row in rows if row["classes"] >= 1000]
+    assert {row["gpu"] for row in large} == {"A100", "H100", "H200", "B200"} and len(large) > 200
+    for row in large:
+        assert row["both"] >= (0.84 if row["gpu"] == "B200" else 0.9), row
+    if importlib.metadata.version("triton") != committed["environment"]["triton"]:
+        pytest.skip(f"the predictions are of Triton {committed['environment']['triton']}")
+    code = (
+        "import json; from benchmarks import widths; "
+        "print(json.dumps([widths.predict(widths.case_of(classes, 'sm_90')) for classes in (264, 1025, 5120)]))"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    for predicted in json.loads(run.stdout):
+        assert [row["gpu"] for row in predicted] == ["H100", "H200"]
+        for row in predicted:
+            (expected,) = [each for each in rows if (each["gpu"], each["classes"]) == (row["gpu"], row["classes"])]
+            assert row == pytest.approx(expected, rel=0.05)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.launches import CLASSES
 from cot_kernels import complement_cross_entropy
 from cot_kernels.backends.triton import backend, launch
 from cot_kernels.backends.triton.backend import _tile
@@ -44,7 +45,9 @@ def test_short_rows_off_a_boundary_are_read_from_the_one_before(logits: Tensor) 
 
 # Around powers of two, the bounds of a tile, and of an access.
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_classes", [2, 3, 7, 8, 9, 10, 31, 33, 100, 255, 501, 1017, 1018, 1023, 1024])
+@pytest.mark.parametrize(
+    "num_classes", [2, 3, 7, 8, 9, 10, 31, 33, 100, 200, 255, 257, 501, 633, 1017, 1018, 1023, 1024, 2041]
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_short_rows_that_begin_anywhere(num_classes: int, dtype: torch.dtype) -> None:
     """Value and gradient; in place it leaves what lies between the rows and beside them alone, but for what pads rows
@@ -215,23 +218,48 @@ def test_rows_in_turn_leave_enough_warps(rows: int, classes: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("warp", [32, 64])
-@pytest.mark.parametrize("classes", [2, 5, 8, 9, 33, 64, 100, 256, 505, 1000, 1001])
-def test_tiles_of_short_rows(classes: int, warp: int, dtype: torch.dtype) -> None:
-    """Each holds a row, in as many lanes as divide its warps, and no thread has more logits than registers for them."""
-    for aligned, ends_written in ((True, False), (False, False), (False, True)):
-        tile = launch.choose_tile(
-            classes, dtype.itemsize, classes_adjoin=True, rows_aligned=aligned, head_aligned=not aligned,
-            ends_written=ends_written, warp=warp,
-        )  # fmt: skip
-        threads, logits = tile.warps * warp, tile.rows * tile.block
-        assert tile.block >= classes + tile.overhang and not tile.long
-        assert logits <= threads * (16 if dtype == torch.float64 else 32)
-        assert logits >= threads * tile.vec or classes <= 4 * tile.vec
-        assert tile.warps == 1 or tile.rows == 1
+@pytest.mark.parametrize("aligned", [True, False])
+def test_tiles_of_short_rows(aligned: bool, warp: int, dtype: torch.dtype) -> None:
+    """Each holds a row, in no more pieces than it needs, and no thread has more logits than registers for them."""
+    itemsize = dtype.itemsize
+    tiles = set()
+    for classes in range(2, launch.SHORT_ROW // itemsize + 2):
+        for ends_written in (False, True):
+            tile = launch.choose_tile(
+                classes, itemsize, classes_adjoin=True, rows_aligned=aligned, head_aligned=not aligned,
+                ends_written=ends_written, warp=warp,
+            )  # fmt: skip
+            assert tile.long == ((classes + tile.overhang) * itemsize > launch.SHORT_ROW)
+            if tile.long:
+                continue
+            tiles.add(tile)
+            places, piece = classes + tile.overhang, tile.lanes * tile.vec
+            assert tile.block >= places > tile.block - piece
+            assert places * 5 >= tile.block * 4 or tile.pieces < 5 or warp == 64  # four fifths are filled
+            assert tile.warps == 1
+            logits = tile.rows * tile.block / warp
+            assert logits <= 128 / itemsize
+            assert logits >= tile.vec or places <= 4 * tile.vec
+            assert tile.pieces <= (launch.PIECES if warp == 32 else launch.PIECES // 2)
+    assert len(tiles) <= 60  # of which a gradient's are half
+
+
+@pytest.mark.parametrize("odd", [False, True])
+def test_the_compiler_report_has_every_number_of_lanes(odd: bool) -> None:
+    """With the most pieces, and with the fewest."""
+    reported = {_tile(matrix(classes, torch.bfloat16)) for classes in CLASSES["short, odd" if odd else "short"]}
+    pieces: dict[int, set[int]] = {}
+    for classes in range(9, 2042, 2) if odd else range(8, 2049, 8):
+        tile = _tile(matrix(classes, torch.bfloat16))
+        assert not tile.long and tile.heads == odd
+        pieces.setdefault(tile.lanes, set()).add(tile.pieces)
+    assert {(lanes, number) for lanes, every in pieces.items() for number in (min(every), max(every))} <= {
+        (tile.lanes, tile.pieces) for tile in reported
+    }
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("classes", [20, 33, 64, 100, 505, 1000, 1001, 1100, 5001])
+@pytest.mark.parametrize("classes", [20, 33, 64, 100, 505, 600, 1000, 1001, 1100, 2041, 5001])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_rows_in_turn(classes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """As published, and as one by one to the last bit: also in a last program that is not full, ignored and stray."""

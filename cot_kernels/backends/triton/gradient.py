@@ -19,9 +19,9 @@ from cot_kernels.backends.triton.tiles import (
     hint,
     is_interior,
     is_target,
+    load_pieces,
     load_rows,
     misalignment,
-    places_of,
     row_pointers,
     step_back,
     to_class,
@@ -71,7 +71,7 @@ def write_tile(
     elif (start >= 0) & (start + BLOCK <= num_classes) & (ALIGN > 1):
         z = widen(tl.load(pointers + columns, eviction_policy=EVICTION), dtype)
         grad = complement_gradient(z, shift, log_total, slope, offset)
-        at = tl.reshape(is_target(tl.full([1], target - start, tl.int32), 1, 1, BLOCK, VEC), [BLOCK])
+        at = tl.reshape(is_target(tl.full([1], target - start, tl.int32), 1, BLOCK, VEC), [BLOCK])
         tl.store(grad_pointers + columns, tl.where(at, at_target, grad).to(out_dtype))
     else:
         classes = start + columns
@@ -123,16 +123,14 @@ def silence(wanted, slope, offset, at_target):
 
 @triton.jit
 def gradient_of_rows(z, at, shift, log_total, slope, offset, at_target):
-    """Of a tile [DEPTH, ROWS, WIDTH] of several rows, whose targets are ``at``."""
+    """Of a tile [ROWS, WIDTH] of several rows, whose targets are ``at``."""
     grad = complement_gradient(z, by_row(shift), by_row(log_total), by_row(slope), by_row(offset))
     return tl.where(at, by_row(at_target), grad)
 
 
 @triton.jit
-def write_rows(
-    z,
-    classes,
-    within,
+def write_pieces(
+    pieces,
     grad_base,
     head,
     target,
@@ -144,24 +142,28 @@ def write_rows(
     slope,
     offset,
     at_target,
-    DEPTH: tl.constexpr,
+    PIECES: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """The gradient of what :func:`.tiles.load_rows` found; of rows that begin anywhere, what fills whole accesses."""
-    at = is_target(head + target, DEPTH, ROWS, WIDTH, VEC)
+    """The gradient of what :func:`.tiles.load_pieces` found; of rows that begin anywhere, what fills whole accesses."""
     slope, offset, at_target = silence(wanted, slope, offset, at_target)
-    grad = gradient_of_rows(widen(z, shift.dtype), at, shift, log_total, slope, offset, at_target)
-    if HEADS:
-        places = places_of(DEPTH, WIDTH)
-        access = places // VEC * VEC
-        within = (access >= by_row(head)) & (access + VEC <= by_row(head + num_classes))
-        pointers = by_row(step_back(grad_base, head, VEC)) + places
-    else:
-        pointers = by_row(grad_base) + classes.to(tl.int64)
-    tl.store(pointers, grad.to(grad_base.dtype.element_ty), mask=by_row(inside) & within)
+    for piece in tl.static_range(PIECES):
+        at = is_target(head + target - piece * WIDTH, ROWS, WIDTH, VEC)
+        grad = gradient_of_rows(widen(pieces[piece], shift.dtype), at, shift, log_total, slope, offset, at_target)
+        places = piece * WIDTH + tl.arange(0, WIDTH)[None, :]
+        written = by_row(inside)
+        if not ((piece >= HEADS) & (piece + 1 + HEADS < PIECES)):
+            if HEADS:
+                access = places // VEC * VEC
+                written &= (access >= by_row(head)) & (access + VEC <= by_row(head + num_classes))
+            else:
+                written &= places < hint(num_classes, ALIGN)
+        pointers = by_row(step_back(grad_base, head, VEC) if HEADS else grad_base) + places.to(tl.int64)
+        tl.store(pointers, grad.to(grad_base.dtype.element_ty), mask=written)
 
 
 @triton.jit
@@ -180,20 +182,23 @@ def write_ends(
     at_target,
     VEC: tl.constexpr,
 ):
-    """What :func:`write_rows` leaves: the accesses that a row shares with its neighbours, one at either end."""
+    """What :func:`write_pieces` leaves: the accesses that a row shares with its neighbours, one at either end."""
     end = head + num_classes
     last = end // VEC * VEC
-    at_start = tl.arange(0, 2)[:, None, None] == 0
-    places = tl.where(at_start, 0, by_row(last)) + tl.arange(0, VEC)[None, None, :]
-    classes = places - by_row(head)
-    # Of a row within one access either its start or its end, not both, is what is left.
-    left = tl.where(at_start, by_row(head > 0), by_row((last > 0) | (head == 0)))
-    mask = left & (classes >= 0) & (places < by_row(end))
-    z = widen(tl.load(by_row(base) + classes, mask=mask & by_row(wanted), other=0.0), shift.dtype)
-    at = classes == by_row(target)
     slope, offset, at_target = silence(wanted, slope, offset, at_target)
-    grad = gradient_of_rows(z, at, shift, log_total, slope, offset, at_target)
-    tl.store(by_row(grad_base) + classes, grad.to(grad_base.dtype.element_ty), mask=mask & by_row(inside))
+    for side in tl.static_range(2):
+        if side == 0:
+            first = tl.zeros_like(last)
+            left = head > 0
+        else:
+            first = last
+            left = (last > 0) | (head == 0)  # of a row within one access either its start or its end, not both
+        places = by_row(first) + tl.arange(0, VEC)[None, :]
+        classes = places - by_row(head)
+        mask = by_row(left) & (classes >= 0) & (places < by_row(end))
+        z = widen(tl.load(by_row(base) + classes, mask=mask & by_row(wanted), other=0.0), shift.dtype)
+        grad = gradient_of_rows(z, classes == by_row(target), shift, log_total, slope, offset, at_target)
+        tl.store(by_row(grad_base) + classes, grad.to(grad_base.dtype.element_ty), mask=mask & by_row(inside))
 
 
 @triton.jit(do_not_specialize_on_alignment=["tiles", "turns"])
@@ -219,7 +224,7 @@ def gradient_kernel(
     HAS_FACTOR: tl.constexpr,
     LONG: tl.constexpr,
     ACROSS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    PIECES: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     VEC: tl.constexpr,
@@ -274,7 +279,7 @@ def gradient_kernel(
         for tile in range(first, tl.minimum(first + turns, tiles)):
             # One access may read several rows, whichever of them are wanted.
             z, classes, within = load_rows(
-                base, head, tile * WIDTH, inside, num_classes, stride_k, 1, WIDTH, VEC, 1, False, 0.0
+                base, head, tile * WIDTH, inside, num_classes, stride_k, WIDTH, VEC, 1, False, False, 0.0, 0.0
             )
             at = classes == by_row(target)
             grad = gradient_of_rows(widen(z, dtype), at, shift, log_total, slope, offset, at_target)
@@ -292,14 +297,14 @@ def gradient_kernel(
             base = row_pointers(logits_pointer, rows, inner, hint(stride_n, ALIGN), stride_d)
             grad_base = row_pointers(grad_pointer, rows, inner, hint(grad_stride_n, ALIGN), grad_stride_d)
             head = first_classes(base, ROWS, VEC, HEADS)
-            z, classes, within = load_rows(base, head, 0, wanted, num_classes, 1, DEPTH, WIDTH, VEC, ALIGN, HEADS, 0.0)
+            pieces = load_pieces(base, head, wanted, num_classes, PIECES, WIDTH, VEC, ALIGN, HEADS, 0.0, 0.0)
             target, shift, slope, offset, at_target = load_state(
                 target_pointer, state_pointer, upstream_pointer, factor_pointer,
                 rows, num_rows, num_classes, upstream_stride, HAS_FACTOR,
             )  # fmt: skip
-            write_rows(
-                z, classes, within, grad_base, head, target, inside, wanted, num_classes,
-                shift, log_total, slope, offset, at_target, DEPTH, ROWS, WIDTH, VEC, HEADS,
+            write_pieces(
+                pieces, grad_base, head, target, inside, wanted, num_classes,
+                shift, log_total, slope, offset, at_target, PIECES, ROWS, WIDTH, VEC, ALIGN, HEADS,
             )  # fmt: skip
             if HEADS:
                 write_ends(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Rows of at most this many classes, with what precedes them in their first access, are taken whole, several by a
-# program up to half as many; of longer ones a program takes tile after tile.
-SHORT_ROW = 1024
+# Rows of at most this many bytes, with what precedes them in their first access, are taken whole, several by a program
+# up to a quarter as many; of longer ones a program takes tile after tile.
+SHORT_ROW = 4096
 
 # Programs to keep every multiprocessor busy: with fewer rows than this many a multiprocessor, rows are split.
 PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -24,6 +24,9 @@ ROW_TURNS = 8
 PIECE = 64
 SECTOR = 32
 
+# Accesses of a row that a thread has at most.
+PIECES = 8
+
 # Rows of which a thread has logits, at most: it holds five numbers of each in the backward pass.
 ROWS_PER_THREAD = 16
 
@@ -37,13 +40,13 @@ FOLD_BLOCK = 4096
 
 @dataclass(frozen=True)
 class Tile:
-    """The shape of a program's tile: ``rows`` by ``depth * lanes * vec`` classes.
+    """The shape of a program's tile: ``rows`` by ``pieces * lanes * vec`` classes.
 
-    ``vec`` neighbouring classes are folded within a thread, which has ``depth`` such accesses of a row that is whole in
-    its tile. ``align`` is the number of classes in 16 bytes where accesses of that width can be promised to the
-    compiler, and 1 where not. With ``heads`` rows begin anywhere, and each is read from the boundary before it. A
-    ``long`` row takes many tiles, of which most need no mask. ``across`` rows, which lie side by side, are read class
-    after class; all others are whole in one tile. A ``warp`` is so many threads.
+    ``vec`` neighbouring classes are folded within a thread, which has one such access of each of the ``pieces`` of a
+    row that is whole in its tile: as few as hold the row. ``align`` is the number of classes in 16 bytes where accesses
+    of that width can be promised to the compiler, and 1 where not. With ``heads`` rows begin anywhere, and each is read
+    from the boundary before it. A ``long`` row takes many tiles, of which most need no mask. ``across`` rows, which lie
+    side by side, are read class after class; all others are whole in one tile. A ``warp`` is so many threads.
     """
 
     rows: int
@@ -54,12 +57,12 @@ class Tile:
     heads: bool = False
     long: bool = False
     across: bool = False
-    depth: int = 1
+    pieces: int = 1
     warp: int = 32
 
     @property
     def block(self) -> int:
-        return self.depth * self.lanes * self.vec
+        return self.pieces * self.lanes * self.vec
 
     @property
     def overhang(self) -> int:
@@ -112,25 +115,27 @@ def choose_tile(
     aligned = rows_aligned and num_classes % vec == 0
     # Of a few accesses most are ends: all are then written class by class, and read so.
     heads = head_aligned and not aligned and not (ends_written and num_classes <= 4 * vec)
-    block = max(next_power_of_two(num_classes + (vec - 1 if heads else 0)), vec)
-    if block <= SHORT_ROW:
+    places = num_classes + (vec - 1 if heads else 0)
+    if places * itemsize <= SHORT_ROW:
         # A warp a program, and few threads a row: what every thread of a row does, its merge and the loading of its
-        # state, is done by the fewest, and within a warp. A thread has 32 logits, or half as many in float64. On an
-        # AMD GPU masks are scalar registers, of which there are enough for 16, and class by class for 8.
+        # state, is done by the fewest, and within a warp. Of a longer row a thread has up to 128 bytes; of shorter ones
+        # so many that it has 32 logits. On an AMD GPU masks are scalar registers, of which there are enough for half as
+        # many, and class by class for a quarter.
         wholly = aligned or heads
-        a_thread = 32 if warp == 32 else 16 if wholly else 8
-        if itemsize > 4:
-            a_thread //= 2
-        depth = max(1, min(block * itemsize // (PIECE if wholly else SECTOR), a_thread // vec))
-        threads = block // depth // (vec if wholly else 1)  # of a row
+        block = max(next_power_of_two(places), vec)
+        most = PIECES if warp == 32 else PIECES // 2 if wholly else PIECES // 4
+        pieces = max(1, min(block * itemsize // (PIECE if wholly else SECTOR), most))
+        lanes = min(block // vec // pieces, warp)
+        threads = lanes if wholly else lanes * vec  # of a row
+        a_thread = (32 if warp == 32 else 16 if wholly else 8) // (2 if itemsize > 4 else 1)
         return Tile(
-            rows=max(1, min(a_thread * warp // block, ROWS_PER_THREAD * warp // threads)),
-            lanes=block // vec // depth,
+            rows=max(1, warp // threads, min(a_thread * warp // block, ROWS_PER_THREAD * warp // threads)),
+            lanes=lanes,
             vec=vec,
             align=vec if aligned else 1,
-            warps=max(1, block // (a_thread * warp)),
+            warps=1,
             heads=heads,
-            depth=depth,
+            pieces=-(-places // (lanes * vec)),
             warp=warp,
         )
     # From 4,096 classes on eight tiles a row or more: what a thread does once a row is spread over 128 logits. It has

@@ -27,9 +27,9 @@ from cot_kernels.backends.triton.tiles import (
     hint,
     is_interior,
     is_target,
+    load_pieces,
     load_rows,
     misalignment,
-    places_of,
     row_pointers,
     step_back,
     widen,
@@ -97,52 +97,69 @@ def read_row(
             access = columns // VEC * VEC
             touched = (start + access + VEC > 0) & (start + access < num_classes)
             z = tl.load(pointers, mask=touched, other=0.0, eviction_policy=EVICTION)
-            kept = of_row(tl.full([1], -start, tl.int32), tl.full([1], target, tl.int32), num_classes, 1, 1, BLOCK, VEC)
+            kept = of_row(tl.full([1], -start, tl.int32), tl.full([1], target, tl.int32), num_classes, 1, BLOCK, VEC)
             z = tl.where(tl.reshape(kept, [BLOCK]), widen(z, dtype), -float("inf"))
         shift, total, moment = fold(tl.reshape(z, [1, LANES, VEC]), shift, total, moment)
     return merge(shift, total, moment, 1)
 
 
 @triton.jit
-def of_row(head, target, num_classes, DEPTH: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr):
-    """Which places from the boundary before a row are classes of it, without the target: [DEPTH, ROWS, WIDTH].
+def of_row(head, target, num_classes, ROWS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr):
+    """Which places of a tile are classes of the row that begins at its place ``head``, without the target:
+    [ROWS, WIDTH].
 
     By a bit a place, an access at a time: cheaper than comparisons a place.
     """
-    access = places_of(DEPTH, WIDTH // VEC) * VEC
+    access = (tl.arange(0, WIDTH // VEC) * VEC)[None, :]
     before = tl.minimum(tl.maximum(by_row(head) - access, 0), VEC)
     after = tl.minimum(tl.maximum(by_row(head + num_classes) - access, 0), VEC)
     bits = (1 << after) - (1 << before)
     at = by_row(head + target) - access
     bits &= ~tl.where((at >= 0) & (at < VEC), 1 << (at & (VEC - 1)), 0)
-    kept = (bits[:, :, :, None] >> tl.arange(0, VEC)[None, None, None, :]) & 1
-    return tl.reshape(kept, [DEPTH, ROWS, WIDTH]) != 0
+    kept = (bits[:, :, None] >> tl.arange(0, VEC)[None, None, :]) & 1
+    return tl.reshape(kept, [ROWS, WIDTH]) != 0
 
 
 @triton.jit
-def of_whole_rows(
-    z,
-    classes,
+def of_pieces(
+    pieces,
     head,
     target,
     num_classes,
     dtype: tl.constexpr,
-    DEPTH: tl.constexpr,
+    PIECES: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     VEC: tl.constexpr,
     HEADS: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
-    """(m, s, t) of ROWS rows that fit a tile, of what :func:`.tiles.load_rows` found there: nothing is rescaled."""
-    if HEADS:
-        kept = of_row(head, target, num_classes, DEPTH, ROWS, WIDTH, VEC)
-    else:
-        kept = is_target(target, DEPTH, ROWS, WIDTH, VEC) == 0
-    z = tl.where(kept, widen(z, dtype), -float("inf"))
-    shift = tl.maximum(tl.max(tl.max(z, 0), 1) * LOG2E, FLOOR)
-    y = finite(z * LOG2E - by_row(shift))
-    weight = tl.exp2(y)
-    return shift, tl.sum(tl.sum(weight, 0), 1), tl.sum(tl.sum(weight * y, 0), 1)
+    """(m, s, t) of ROWS rows, of what :func:`.tiles.load_pieces` found: nothing is rescaled.
+
+    TAIL: accesses that were made hold what is no class.
+    """
+    logits = ()
+    for piece in tl.static_range(PIECES):
+        first = head - piece * WIDTH
+        if (piece >= HEADS) & (piece + 1 + HEADS < PIECES) or not TAIL:
+            kept = is_target(first + target, ROWS, WIDTH, VEC) == 0
+        else:
+            kept = of_row(first, target, num_classes, ROWS, WIDTH, VEC)
+        z = tl.where(kept, widen(pieces[piece], dtype), -float("inf"))
+        logits += (z,)  # type: ignore[assignment]
+    top = logits[0]  # type: ignore[misc]
+    for piece in tl.static_range(1, PIECES):
+        top = tl.maximum(top, logits[piece])
+    shift = tl.maximum(tl.max(top, 1) * LOG2E, FLOOR)
+    y = finite(logits[0] * LOG2E - by_row(shift))  # type: ignore[misc]
+    total = tl.exp2(y)
+    moment = total * y
+    for piece in tl.static_range(1, PIECES):
+        y = finite(logits[piece] * LOG2E - by_row(shift))
+        weight = tl.exp2(y)
+        total += weight
+        moment += weight * y
+    return shift, tl.sum(total, 1), tl.sum(moment, 1)
 
 
 @triton.jit
@@ -152,7 +169,7 @@ def read_whole_rows(
     wanted,
     num_classes,
     dtype: tl.constexpr,
-    DEPTH: tl.constexpr,
+    PIECES: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     VEC: tl.constexpr,
@@ -160,10 +177,8 @@ def read_whole_rows(
     HEADS: tl.constexpr,
 ):
     head = first_classes(base, ROWS, VEC, HEADS)
-    z, classes, _ = load_rows(
-        base, head, 0, wanted, num_classes, 1, DEPTH, WIDTH, VEC, ALIGN, HEADS, -float("inf")
-    )  # fmt: skip
-    return of_whole_rows(z, classes, head, target, num_classes, dtype, DEPTH, ROWS, WIDTH, VEC, HEADS)
+    pieces = load_pieces(base, head, wanted, num_classes, PIECES, WIDTH, VEC, ALIGN, HEADS, -float("inf"), None)
+    return of_pieces(pieces, head, target, num_classes, dtype, PIECES, ROWS, WIDTH, VEC, HEADS, HEADS)
 
 
 @triton.jit
@@ -188,7 +203,7 @@ def read_side_by_side(
     head = first_classes(base, ROWS, VEC, False)
     for start in range(0, num_classes, VEC):
         z, classes, _ = load_rows(
-            base, head, start, inside, num_classes, stride_k, 1, VEC, VEC, 1, False, -float("inf")
+            base, head, start, inside, num_classes, stride_k, VEC, VEC, 1, False, False, -float("inf"), None
         )
         kept = classes != by_row(target)
         kept &= by_row(wanted)
@@ -209,7 +224,7 @@ def read_one(
     ignore_index,
     dtype: tl.constexpr,
     LONG: tl.constexpr,
-    DEPTH: tl.constexpr,
+    PIECES: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -234,7 +249,7 @@ def read_one(
         else:
             one = tl.arange(0, 1)
             shift, total, moment = read_whole_rows(
-                base + one, target + one, one == 0, num_classes, dtype, DEPTH, 1, BLOCK, VEC, ALIGN, HEADS
+                base + one, target + one, one == 0, num_classes, dtype, PIECES, 1, BLOCK, VEC, ALIGN, HEADS
             )
     return shift, total, moment
 
@@ -253,7 +268,7 @@ def read_several(
     stride_d,
     dtype: tl.constexpr,
     ACROSS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    PIECES: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
@@ -268,6 +283,6 @@ def read_several(
         )
     else:
         shift, total, moment = read_whole_rows(
-            base, target, wanted, num_classes, dtype, DEPTH, ROWS, LANES * VEC, VEC, ALIGN, HEADS
+            base, target, wanted, num_classes, dtype, PIECES, ROWS, LANES * VEC, VEC, ALIGN, HEADS
         )
     return shift, total, moment

@@ -57,13 +57,13 @@ def finish(
 
     state [5, N]: shift m log2 e; log2 s; slope f_S ln 2; offset f_S S - f_L; f_g. With them, for x = y_j - log2 s,
     dl/dz_j = 2^x (slope x - offset). An infinite log2 s, which no row has, marks the ignored ones. Without an
-    objective the statistics (z_g, L, S) themselves are written.
+    objective the statistics (z_g, L, S) themselves are written. Of an ignored row, m, s and t may be anything.
     """
     inside = rows < num_rows
     log_total, negentropy, log_odds, empty = row_values(target_logit, shift, total, moment)
 
     state = state_pointer + rows
-    tl.store(state, shift, mask=inside)
+    tl.store(state, tl.where(wanted, shift, FLOOR), mask=inside)
     tl.store(state + num_rows, tl.where(wanted, log_total, float("inf")), mask=inside)
     nan = float("nan")
     if OBJECTIVE is None:
@@ -119,7 +119,7 @@ def statistics_kernel(
     ACROSS: tl.constexpr,
     ROWS: tl.constexpr,
     TURNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    PIECES: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -139,12 +139,12 @@ def statistics_kernel(
         if ROWS == 1:
             shift, total, moment = read_one(
                 logits_pointer, target_pointer, block, num_classes, inner, stride_n, stride_d,
-                ignore_index, dtype, LONG, DEPTH, LANES, VEC, ALIGN, HEADS,
+                ignore_index, dtype, LONG, PIECES, LANES, VEC, ALIGN, HEADS,
             )  # fmt: skip
         else:
             shift, total, moment = read_several(
                 logits_pointer, rows, target, wanted, num_rows, num_classes, inner, stride_n, stride_k, stride_d,
-                dtype, ACROSS, DEPTH, ROWS, LANES, VEC, ALIGN, HEADS,
+                dtype, ACROSS, PIECES, ROWS, LANES, VEC, ALIGN, HEADS,
             )  # fmt: skip
         target_logit = load_target_logits(
             logits_pointer, rows, target, wanted, inner, stride_n, stride_k, stride_d, dtype
@@ -165,14 +165,14 @@ def statistics_kernel(
             if ROWS == 1:
                 shift, total, moment = read_one(
                     logits_pointer, target_pointer, first + turn, num_classes, inner, stride_n, stride_d,
-                    ignore_index, dtype, LONG, DEPTH, LANES, VEC, ALIGN, HEADS,
+                    ignore_index, dtype, LONG, PIECES, LANES, VEC, ALIGN, HEADS,
                 )  # fmt: skip
             else:
                 some = first + turn * ROWS + tl.arange(0, ROWS)
                 some_targets, asked, _ = load_targets(target_pointer, some, num_rows, num_classes, ignore_index)
                 shift, total, moment = read_several(
                     logits_pointer, some, some_targets, asked, num_rows, num_classes, inner, stride_n, stride_k,
-                    stride_d, dtype, ACROSS, DEPTH, ROWS, LANES, VEC, ALIGN, HEADS,
+                    stride_d, dtype, ACROSS, PIECES, ROWS, LANES, VEC, ALIGN, HEADS,
                 )  # fmt: skip
             here = (tl.arange(0, TURNS) == turn)[:, None]
             shifts = tl.where(here, shift[None, :], shifts)

@@ -103,24 +103,18 @@ def first_classes(base, ROWS: tl.constexpr, VEC: tl.constexpr, HEADS: tl.constex
 
 @triton.jit
 def by_row(values):
-    """One value a row, [ROWS], beside a tile [DEPTH, ROWS, WIDTH] of the rows."""
-    return values[None, :, None]
+    """One value a row, [ROWS], beside a tile [ROWS, WIDTH] of the rows."""
+    return values[:, None]
 
 
 @triton.jit
-def places_of(DEPTH: tl.constexpr, WIDTH: tl.constexpr):
-    """The places of a tile in a row, [DEPTH, 1, WIDTH]."""
-    return (tl.arange(0, DEPTH) * WIDTH)[:, None, None] + tl.arange(0, WIDTH)[None, None, :]
-
-
-@triton.jit
-def is_target(target, DEPTH: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr):
-    """Whether a place is the one numbered ``target``, [ROWS]: [DEPTH, ROWS, WIDTH].
+def is_target(target, ROWS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr):
+    """Whether a place of a tile is the one numbered ``target``, [ROWS]: [ROWS, WIDTH].
 
     From how far that is from the first place of an access, so that a place costs a comparison with a constant.
     """
-    at = by_row(target) - places_of(DEPTH, WIDTH // VEC) * VEC
-    return tl.reshape(at[:, :, :, None] == tl.arange(0, VEC)[None, None, None, :], [DEPTH, ROWS, WIDTH])
+    at = by_row(target) - (tl.arange(0, WIDTH // VEC) * VEC)[None, :]
+    return tl.reshape(at[:, :, None] == tl.arange(0, VEC)[None, None, :], [ROWS, WIDTH])
 
 
 @triton.jit
@@ -131,32 +125,66 @@ def load_rows(
     wanted,
     num_classes,
     stride_k,
-    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    HEADS: tl.constexpr,
+    FULL: tl.constexpr,
+    OTHER: tl.constexpr,
+    UNREAD: tl.constexpr,
+):
+    """A tile of several rows, from their place ``start`` on: logits [ROWS, WIDTH], their classes, and which of those
+    there are; all, if it is a FULL one.
+
+    Rows that begin anywhere are read from the boundary before them, in whole accesses: an access that holds one class
+    of the row is within its allocation, whatever else it holds. Of what lies outside of the row, accesses that are not
+    made give OTHER, the others anything. Rows that are not wanted give UNREAD in a FULL tile, and anything for None:
+    that takes no instruction.
+    """
+    places = start + tl.arange(0, WIDTH)[None, :]
+    if HEADS:
+        classes = places - by_row(head)
+        within = classes.to(tl.uint32) < num_classes.to(tl.uint32)  # below 0 is huge
+        access = places // VEC * VEC
+        touched = (access + VEC > by_row(head)) & (access < by_row(head + num_classes))
+        pointers = by_row(step_back(base, head, VEC)) + places
+    else:
+        classes = places
+        within = classes < hint(num_classes, ALIGN)
+        touched = within
+        pointers = by_row(base) + classes.to(tl.int64) * stride_k
+    if FULL:
+        z = tl.load(pointers, mask=by_row(wanted), other=UNREAD)
+    else:
+        z = tl.load(pointers, mask=by_row(wanted) & touched, other=OTHER)
+    return z, classes, within
+
+
+# A row that is whole in its program's tile is read in PIECES, [ROWS, WIDTH] each, of which its threads have an access:
+# the fewest that hold it, so that only the last ones, and where rows begin anywhere the first, hold what is no class.
+# Which those are must stand in the kernels, in each loop over the pieces, as no function returns a constant.
+
+
+@triton.jit
+def load_pieces(
+    base,
+    head,
+    wanted,
+    num_classes,
+    PIECES: tl.constexpr,
     WIDTH: tl.constexpr,
     VEC: tl.constexpr,
     ALIGN: tl.constexpr,
     HEADS: tl.constexpr,
     OTHER: tl.constexpr,
+    UNREAD: tl.constexpr,
 ):
-    """A tile of several rows: logits [DEPTH, ROWS, WIDTH], their classes, and which of those there are.
-
-    Threads lie along WIDTH and ROWS: each has DEPTH accesses of a row, so that few threads share one.
-
-    Rows that begin anywhere are read from the boundary before them, in whole accesses: an access that holds one class
-    of the row is within its allocation, whatever else it holds. Of what lies outside of the row, accesses that are not
-    made give OTHER, the others anything.
-    """
-    places = start + places_of(DEPTH, WIDTH)
-    if HEADS:
-        classes = places - by_row(head)
-        access = places // VEC * VEC
-        touched = (access + VEC > by_row(head)) & (access < by_row(head + num_classes))
-        pointers = by_row(step_back(base, head, VEC)) + places
-        z = tl.load(pointers, mask=by_row(wanted) & touched, other=OTHER)
-        within = classes.to(tl.uint32) < num_classes.to(tl.uint32)  # below 0 is huge
-    else:
-        classes = places
-        within = classes < hint(num_classes, ALIGN)
-        pointers = by_row(base) + classes.to(tl.int64) * stride_k
-        z = tl.load(pointers, mask=by_row(wanted) & within, other=OTHER)
-    return z, classes, within
+    """The logits of several whole rows."""
+    pieces = ()
+    for piece in tl.static_range(PIECES):
+        z, _, _ = load_rows(
+            base, head, piece * WIDTH, wanted, num_classes, 1, WIDTH, VEC, ALIGN, HEADS,
+            (piece >= HEADS) & (piece + 1 + HEADS < PIECES), OTHER, UNREAD,
+        )  # fmt: skip
+        pieces += (z,)  # type: ignore[assignment]
+    return pieces

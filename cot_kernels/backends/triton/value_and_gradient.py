@@ -10,15 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cot_kernels.backends.triton.gradient import write_rows, write_tile
-from cot_kernels.backends.triton.monoid import of_whole_rows, read_row
+from cot_kernels.backends.triton.gradient import write_pieces, write_tile
+from cot_kernels.backends.triton.monoid import of_pieces, read_row
 from cot_kernels.backends.triton.objectives import cross_entropy
 from cot_kernels.backends.triton.statistics import row_values
 from cot_kernels.backends.triton.tiles import (
     LN2,
     first_classes,
     hint,
-    load_rows,
+    load_pieces,
     load_target_logits,
     load_targets,
     misalignment,
@@ -44,7 +44,7 @@ def value_and_gradient_kernel(
     HAS_UPSTREAM: tl.constexpr,
     GRADIENT: tl.constexpr,
     LONG: tl.constexpr,
-    DEPTH: tl.constexpr,
+    PIECES: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
@@ -74,11 +74,11 @@ def value_and_gradient_kernel(
     else:
         base = logits_pointer + rows * hint(stride_n, ALIGN)
         head = first_classes(base, ROWS, VEC, False)
-        z, classes, within = load_rows(
-            base, head, 0, wanted, tl.cdiv(num_classes, VEC) * VEC, 1, DEPTH, WIDTH, VEC, ALIGN, False, -float("inf")
-        )  # fmt: skip
-        shift, total, moment = of_whole_rows(
-            z, classes, head, target, num_classes, dtype, DEPTH, ROWS, WIDTH, VEC, TAIL
+        padded = tl.cdiv(num_classes, VEC) * VEC
+        nothing: tl.constexpr = -float("inf")
+        pieces = load_pieces(base, head, wanted, padded, PIECES, WIDTH, VEC, ALIGN, False, nothing, nothing)
+        shift, total, moment = of_pieces(
+            pieces, head, target, num_classes, dtype, PIECES, ROWS, WIDTH, VEC, False, TAIL
         )
 
     # Of an ignored row nothing was read: its negentropy is 0.
@@ -121,7 +121,7 @@ def value_and_gradient_kernel(
                 )  # fmt: skip
         else:
             log_total = tl.where(wanted, log_total, float("inf"))
-            write_rows(
-                z, classes, within, base, head, target, inside, wanted, num_classes,
-                shift, log_total, slope, offset, at_target, DEPTH, ROWS, WIDTH, VEC, False,
+            write_pieces(
+                pieces, base, head, target, inside, wanted, padded,
+                shift, log_total, slope, offset, at_target, PIECES, ROWS, WIDTH, VEC, ALIGN, False,
             )  # fmt: skip
