@@ -72,10 +72,14 @@ def misalignment(base, ALIGN: tl.constexpr):
 
 @triton.jit
 def step_back(base, head, ALIGN: tl.constexpr):
-    """The 16-byte boundary ``head`` classes before a row, and the compiler's knowledge that it is one."""
-    boundary = base - head
+    """The 16-byte boundary ``head`` classes before a row, and the compiler's knowledge that it is one.
+
+    By its bits: of a pointer that comes of additions AMD's compiler goes back to the first, and forgets the boundary.
+    """
     if ALIGN > 1:
-        boundary = tl.multiple_of(boundary, 16)
+        boundary = tl.multiple_of((base.to(tl.int64) & -16).to(base.dtype), 16)
+    else:
+        boundary = base - head
     return boundary
 
 
