@@ -17,7 +17,7 @@ _CPU = torch.device("cpu")
 
 
 def environment(threads: int, device: torch.device = _CPU) -> dict[str, str | int]:
-    """Device, driver, versions, commit and date. Empty where the machine does not tell."""
+    """Device, driver, versions, commit (dirty if files differ) and date. Empty where the machine does not tell."""
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
@@ -28,7 +28,7 @@ def environment(threads: int, device: torch.device = _CPU) -> dict[str, str | in
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
-        "commit": _first_line("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
+        "commit": _first_line("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"),
         "date": time.strftime("%Y-%m-%d"),
     }
 

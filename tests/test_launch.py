@@ -86,6 +86,30 @@ def test_short_rows_that_begin_anywhere(num_classes: int, dtype: torch.dtype) ->
             assert not found[3].any()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("classes", [33, 64, 200, 249, 257, 520, 1000, 1001, 1032, 2041, 2049])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_logit_anywhere_in_dense_rows(classes: int, dtype: torch.dtype) -> None:
+    """Its maximum may lie in each piece of a row; and behind the last row, which ends on a boundary, is nothing."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = 16
+    target = torch.arange(rows) * 5 % classes
+    large = torch.linspace(0, classes - 1, rows).long()
+    large[large == target] += 1
+    logits = torch.randn(rows, classes, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[torch.arange(rows), large] = 200
+    exact = logits.double().requires_grad_()
+    expected = complement_cross_entropy(exact, target, gamma=-0.7, normalization="none", reduction="none")
+    expected.sum().backward()
+    assert exact.grad is not None
+    on_device, objective = logits.to(device), CrossEntropyObjective(1.0, 0.7)
+    loss, saved = backend.loss(on_device, target.to(device), -100, objective, "none")
+    gradient = backend.gradient(on_device, saved, torch.ones((), device=device))
+    torch.testing.assert_close(loss[0].double().cpu(), expected, rtol=3e-6, atol=3e-6)
+    error = (gradient.double().cpu() - exact.grad).norm() / exact.grad.norm()
+    assert error <= {torch.float32: 3e-6, torch.bfloat16: 8e-3}[dtype]
+
+
 def test_long_rows_need_equal_heads_in_logits_and_gradient() -> None:
     odd = matrix(50257)
     assert _tile(odd).align == 4  # alone, each row finds its own boundary

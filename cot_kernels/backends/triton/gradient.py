@@ -182,20 +182,19 @@ def write_ends(
     at_target,
     VEC: tl.constexpr,
 ):
-    """What :func:`write_pieces` leaves: the accesses that a row shares with its neighbours, one at either end."""
+    """What :func:`write_pieces` leaves: the accesses that a row, of several, shares with its neighbours, one at either
+    end."""
     end = head + num_classes
     last = end // VEC * VEC
     slope, offset, at_target = silence(wanted, slope, offset, at_target)
     for side in tl.static_range(2):
         if side == 0:
-            first = tl.zeros_like(last)
-            left = head > 0
+            places = by_row(tl.zeros_like(last)) + tl.arange(0, VEC)[None, :]
+            mask = by_row(head > 0) & (places >= by_row(head))
         else:
-            first = last
-            left = (last > 0) | (head == 0)  # of a row within one access either its start or its end, not both
-        places = by_row(first) + tl.arange(0, VEC)[None, :]
+            places = by_row(last) + tl.arange(0, VEC)[None, :]
+            mask = places < by_row(end)
         classes = places - by_row(head)
-        mask = by_row(left) & (classes >= 0) & (places < by_row(end))
         z = widen(tl.load(by_row(base) + classes, mask=mask & by_row(wanted), other=0.0), shift.dtype)
         grad = gradient_of_rows(z, classes == by_row(target), shift, log_total, slope, offset, at_target)
         tl.store(by_row(grad_base) + classes, grad.to(grad_base.dtype.element_ty), mask=mask & by_row(inside))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # Rows of at most this many bytes, with what precedes them in their first access, are taken whole, several by a program
-# up to a quarter as many; of longer ones a program takes tile after tile.
+# up to half as many; of longer ones a program takes tile after tile.
 SHORT_ROW = 4096
 
 # Programs to keep every multiprocessor busy: with fewer rows than this many a multiprocessor, rows are split.

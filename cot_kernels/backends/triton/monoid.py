@@ -177,7 +177,7 @@ def read_whole_rows(
     HEADS: tl.constexpr,
 ):
     head = first_classes(base, ROWS, VEC, HEADS)
-    pieces = load_pieces(base, head, wanted, num_classes, PIECES, WIDTH, VEC, ALIGN, HEADS, -float("inf"), None)
+    pieces = load_pieces(base, head, wanted, num_classes, PIECES, WIDTH, VEC, ALIGN, HEADS, -float("inf"), 0.0)
     return of_pieces(pieces, head, target, num_classes, dtype, PIECES, ROWS, WIDTH, VEC, HEADS, HEADS)
 
 
@@ -203,7 +203,7 @@ def read_side_by_side(
     head = first_classes(base, ROWS, VEC, False)
     for start in range(0, num_classes, VEC):
         z, classes, _ = load_rows(
-            base, head, start, inside, num_classes, stride_k, VEC, VEC, 1, False, False, -float("inf"), None
+            base, head, start, inside, num_classes, stride_k, VEC, VEC, 1, False, False, -float("inf"), 0.0
         )
         kept = classes != by_row(target)
         kept &= by_row(wanted)

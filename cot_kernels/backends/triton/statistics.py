@@ -57,13 +57,13 @@ def finish(
 
     state [5, N]: shift m log2 e; log2 s; slope f_S ln 2; offset f_S S - f_L; f_g. With them, for x = y_j - log2 s,
     dl/dz_j = 2^x (slope x - offset). An infinite log2 s, which no row has, marks the ignored ones. Without an
-    objective the statistics (z_g, L, S) themselves are written. Of an ignored row, m, s and t may be anything.
+    objective the statistics (z_g, L, S) themselves are written.
     """
     inside = rows < num_rows
     log_total, negentropy, log_odds, empty = row_values(target_logit, shift, total, moment)
 
     state = state_pointer + rows
-    tl.store(state, tl.where(wanted, shift, FLOOR), mask=inside)
+    tl.store(state, shift, mask=inside)
     tl.store(state + num_rows, tl.where(wanted, log_total, float("inf")), mask=inside)
     nan = float("nan")
     if OBJECTIVE is None:

@@ -76,11 +76,7 @@ def step_back(base, head, ALIGN: tl.constexpr):
 
     By its bits: of a pointer that comes of additions AMD's compiler goes back to the first, and forgets the boundary.
     """
-    if ALIGN > 1:
-        boundary = tl.multiple_of((base.to(tl.int64) & -16).to(base.dtype), 16)
-    else:
-        boundary = base - head
-    return boundary
+    return tl.multiple_of((base.to(tl.int64) & -16).to(base.dtype), 16) if ALIGN > 1 else base - head
 
 
 @triton.jit
@@ -138,12 +134,12 @@ def load_rows(
     UNREAD: tl.constexpr,
 ):
     """A tile of several rows, from their place ``start`` on: logits [ROWS, WIDTH], their classes, and which of those
-    there are; all, if it is a FULL one.
+    there are.
 
     Rows that begin anywhere are read from the boundary before them, in whole accesses: an access that holds one class
     of the row is within its allocation, whatever else it holds. Of what lies outside of the row, accesses that are not
-    made give OTHER, the others anything. Rows that are not wanted give UNREAD in a FULL tile, and anything for None:
-    that takes no instruction.
+    made give OTHER, the others anything. Rows that are not wanted give UNREAD in a tile of which every access is made,
+    a FULL one: zero is what registers hold without an instruction more.
     """
     places = start + tl.arange(0, WIDTH)[None, :]
     if HEADS:
@@ -165,8 +161,9 @@ def load_rows(
 
 
 # A row that is whole in its program's tile is read in PIECES, [ROWS, WIDTH] each, of which its threads have an access:
-# the fewest that hold it, so that only the last ones, and where rows begin anywhere the first, hold what is no class.
-# Which those are must stand in the kernels, in each loop over the pieces, as no function returns a constant.
+# the fewest that hold it. So every access but those of the last piece holds a class of the row; and only the last
+# piece, or where rows begin anywhere the first and the last two, what is no class. Which those are must stand in every
+# loop over the pieces, as no function returns a constant.
 
 
 @triton.jit
@@ -188,7 +185,7 @@ def load_pieces(
     for piece in tl.static_range(PIECES):
         z, _, _ = load_rows(
             base, head, piece * WIDTH, wanted, num_classes, 1, WIDTH, VEC, ALIGN, HEADS,
-            (piece >= HEADS) & (piece + 1 + HEADS < PIECES), OTHER, UNREAD,
+            piece + 1 < PIECES, OTHER, UNREAD,
         )  # fmt: skip
         pieces += (z,)  # type: ignore[assignment]
     return pieces
