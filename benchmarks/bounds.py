@@ -1,8 +1,8 @@
 """What bounds a streaming kernel on a GPU, from what was counted in its machine code. Predictions, not measurements.
 
-A logit costs four times, of which the longest bounds the kernel: its bytes at the bandwidth of a copy, its reads at the
-bytes under way a latency (Little's law), its instructions at the rate the schedulers issue them, and its exponentials
-and the like at the rate of the special function units.
+A logit costs four times, of which the longest bounds the kernel: its bytes at the bandwidth of a copy, its share of the
+waits for memory of all threads at once (Little's law), its instructions at the rate the schedulers issue them, and its
+exponentials and the like at the rate of the special function units.
 """
 
 from __future__ import annotations
@@ -64,19 +64,18 @@ class Prediction:
 
 
 def predict(
-    gpu: Gpu, bytes_per_logit: float, turns_per_logit: float, second_read: bool, instructions: float, special: float
+    gpu: Gpu, bytes_per_logit: float, waits: float, near_waits: float, instructions: float, special: float
 ) -> Prediction:
     """From what one logit takes of each.
 
     Args:
-        turns_per_logit: its share of what a multiprocessor has under way at once.
-        second_read: whether it is read again, from the L2 cache.
+        waits: for device memory, of a program over the logits that all programs on a multiprocessor have.
+        near_waits: for the L2 cache.
     """
     cycles = gpu.multiprocessors * gpu.hertz
-    latency = LATENCY + (L2_LATENCY if second_read else 0)
     times = {
         "bytes": bytes_per_logit / gpu.copy_bandwidth,
-        "latency": turns_per_logit * latency / gpu.multiprocessors,
+        "latency": (waits * LATENCY + near_waits * L2_LATENCY) / gpu.multiprocessors,
         "issue slots": instructions / (cycles * _SCHEDULERS * _WARP),
         "special functions": special / (cycles * _SPECIAL_LANES),
     }

@@ -59,7 +59,9 @@ class Report:
     off_path: int | None = None  # instructions of the kernel beside the usual way: those, and ignored rows
     shared_bytes: int = 0
     occupancy: float = 0.0  # share of the warps that a multiprocessor can hold
-    bytes_in_flight: int | None = None  # of one multiprocessor: what its threads load in one turn
+    bytes_in_flight: int | None = None  # of one multiprocessor: what its threads load in a turn, over their waits in it
+    waits: int | None = None  # for global memory, in a turn of the main loops
+    waits_beside: int | None = None  # in a turn of the loop around it, and once
     bytes_per_logit: float | None = None  # of device memory
     predicted: tuple[Prediction, ...] = ()  # see :mod:`.bounds`
 
@@ -132,7 +134,12 @@ def work_of(case: Case, launch: Launch, program: Program, registers: int) -> dic
     a_tile = path.turn + (target_tile - path.turn + min(cut, row_tiles - 1) * (end_tile - path.turn)) / row_tiles
     executed = (path.once + turns * ((path.around or 0) + tiles * a_tile)) / logits
     special = (path.once_special + turns * (path.around_special + tiles * path.turn_special)) / logits
-    moved, in_flight = itemsize * MOVED[launch.kernel], programs * threads * held * itemsize
+    # The second loop over a long row reads what is in the L2 cache.
+    first_waits, near_waits = path.waits[0], sum(path.waits[1:])
+    waits = path.waits_once + turns * (path.waits_around + tiles * first_waits)
+    here = logits * threads * programs  # on a multiprocessor
+    moved = itemsize * MOVED[launch.kernel]
+    in_flight = programs * threads * held * itemsize // max(1, *path.waits)
     return found | {
         "loop_per_logit": round(path.turn / held, 2),
         "loop_special_per_logit": round(path.turn_special / held, 2),
@@ -143,9 +150,11 @@ def work_of(case: Case, launch: Launch, program: Program, registers: int) -> dic
         "end_per_logit": round(end_tile / held, 2) if long else None,
         "off_path": len(program.instructions) - path.turn - (path.around or 0) - path.once,
         "bytes_in_flight": in_flight,
+        "waits": sum(path.waits),
+        "waits_beside": path.waits_around + path.waits_once,
         "bytes_per_logit": moved,
         "predicted": tuple(
-            predict(gpu, moved, turns * tiles * held * itemsize / logits / in_flight, twice, executed, special)
+            predict(gpu, moved, waits / here, turns * tiles * near_waits / here, executed, special)
             for gpu in GPUS
             if gpu.target == target
         ),

@@ -13,12 +13,15 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TypeAlias
 
-Cost: TypeAlias = tuple[int, int]  # instructions, and of them special functions
+Way: TypeAlias = tuple[int, int, tuple[int, ...]]  # instructions, of them special functions, and the blocks passed
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """``jumps`` to a label, ``leaves`` the kernel, and may go on with the next instruction instead."""
+    """``jumps`` to a label, ``leaves`` the kernel, and may go on with the next instruction instead.
+
+    A load from global memory ``loads`` registers; any instruction waits for those that it ``names``.
+    """
 
     exponential: bool = False
     special: bool = False  # by the special function unit; on AMD, a transcendental one
@@ -26,6 +29,8 @@ class Instruction:
     jumps: str | None = None
     leaves: bool = False
     goes_on: bool = True
+    loads: frozenset[int] = frozenset()
+    names: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class Path:
 
     Nothing is counted twice: ``around`` is what a turn of the outer loop takes beside the main loop, and ``once`` what
     lies beside both. Without an outer loop ``around`` is None. ``masked`` are turns on the next shortest way and on the
-    longest, where the main loop has more than one that computes.
+    longest, where the main loop has more than one that computes. ``waits`` is how often the thread waits for global
+    memory in a turn of each main loop, ``waits_around`` in one of the outer loop beside, ``waits_once`` beside both.
     """
 
     turn: int
@@ -44,6 +50,9 @@ class Path:
     around: int | None = None
     around_special: int = 0
     masked: tuple[int, int] | None = None
+    waits: tuple[int, ...] = ()
+    waits_around: int = 0
+    waits_once: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,10 +73,15 @@ class Program:
     labels: dict[str, int]  # to the index of the next instruction
 
     @functools.cached_property
-    def blocks(self) -> list[Block]:
+    def starts(self) -> list[int]:
+        """The first instruction of each block."""
         whole = self.instructions
         ends = {index + 1 for index, at in enumerate(whole) if at.jumps or at.leaves or not at.goes_on}
-        starts = sorted({0, *ends, *self.labels.values()} - {len(whole)})
+        return sorted({0, *ends, *self.labels.values()} - {len(whole)})
+
+    @functools.cached_property
+    def blocks(self) -> list[Block]:
+        whole, starts = self.instructions, self.starts
         number = {start: block for block, start in enumerate(starts)}
         found = []
         for start, end in zip(starts, [*starts[1:], len(whole)], strict=True):
@@ -87,16 +101,16 @@ class Program:
         exponentials: int,
         through: Collection[int] = (),
         back: bool = False,
-    ) -> Cost | None:
-        """Instructions and special functions on the shortest way that computes ``exponentials``.
+    ) -> Way | None:
+        """The shortest way that computes ``exponentials``.
 
         From the block ``start`` up to and with ``end``, or where that is None to an exit; ``through`` one of some
         blocks, if any are given; without turning back unless ``back``.
         """
-        ways: list[tuple[int, int, int, int, bool]] = [(0, 0, start, exponentials, bool(through))]
+        ways: list[tuple[int, int, int, int, bool, tuple[int, ...]]] = [(0, 0, start, exponentials, bool(through), ())]
         seen: set[tuple[int, int, bool]] = set()
         while ways:
-            length, special, at, missing, wanting = heapq.heappop(ways)
+            length, special, at, missing, wanting, passed = heapq.heappop(ways)
             if (at, missing, wanting) in seen:
                 continue
             seen.add((at, missing, wanting))
@@ -104,23 +118,38 @@ class Program:
             length, special = length + block.length, special + block.special
             missing, wanting = max(0, missing - block.exponentials), wanting and at not in through
             if not missing and not wanting and (at == end if end is not None else block.leaves):
-                return length, special
+                return length, special, (*passed, at)
             if at != end:
                 for after in block.onward:
                     if back or after > at:
-                        heapq.heappush(ways, (length, special, after, missing, wanting))
+                        heapq.heappush(ways, (length, special, after, missing, wanting, (*passed, at)))
         return None
 
-    def turns(
-        self, exponentials: int, through: Collection[int] = (), back: bool = False
-    ) -> list[tuple[Cost, int, int]]:
-        """What the shortest way takes around each loop that computes ``exponentials``: cost, first block and last."""
+    def turns(self, exponentials: int, through: Collection[int] = (), back: bool = False) -> list[tuple[Way, int, int]]:
+        """The shortest way around each loop that computes ``exponentials``, its first block and its last."""
         return sorted(
             (found, first, last)
             for last, block in enumerate(self.blocks)
             for first in block.onward
             if first <= last and (found := self.shortest(first, last, exponentials, through, back))
         )
+
+    def waits(self, way: Way, turns: int = 1) -> int:
+        """How often a thread waits for global memory on the last of so many turns of a way.
+
+        Instructions are issued in their order: the first that needs what was loaded waits, and by then all has come
+        that was asked for before.
+        """
+        asked: set[int] = set()
+        for _ in range(turns):
+            count = 0
+            for block in way[2]:
+                for at in self.instructions[self.starts[block] : self.starts[block] + self.blocks[block].length]:
+                    if at.names & asked:
+                        count += 1
+                        asked.clear()
+                    asked |= at.loads
+        return count
 
     def masked_turns(self, usual: int, first: int, last: int, exponentials: int) -> tuple[int, int] | None:
         """Instructions of the loop's next shortest way, and of the longest one, which take other blocks."""
@@ -134,7 +163,7 @@ class Program:
         Where ``nested``, the one loop lies in another, in which threads exchange what they found. Without a loop, from
         entry to exit, all counts as one turn.
         """
-        apart: list[tuple[Cost, int, int]] = []
+        apart: list[tuple[Way, int, int]] = []
         for turn in self.turns(elements):
             if all(turn[1] > last or turn[2] < first for _, first, last in apart):
                 apart.append(turn)
@@ -143,22 +172,31 @@ class Program:
         if whole is None:
             raise ValueError(f"no way through the kernel computes {elements * loops} exponentials")
         if not apart:
-            return Path(*whole, 0, 0)
+            return Path(*whole[:2], 0, 0, waits=(self.waits(whole),))
         if len(apart) < loops:
             raise ValueError(f"{len(apart)} loops of the kernel compute {elements} exponentials, not {loops}")
-        length, special = (sum(found[at] for found, *_ in apart[:loops]) for at in (0, 1))
+        length = sum(found[0] for found, *_ in apart[:loops])
+        special = sum(found[1] for found, *_ in apart[:loops])
         ways = [self.masked_turns(found[0], first, last, elements) for found, first, last in apart[:loops]]
         known = [way for way in ways if way is not None]
         masked = (sum(least for least, _ in known), sum(most for _, most in known)) if known == ways else None
+        waits = tuple(self.waits(found, turns=2) for found, *_ in apart[:loops])
+        in_all = self.waits(whole)
         if not nested:
-            return Path(length, special, whole[0] - length, whole[1] - special, masked=masked)
+            beside = (whole[0] - length, whole[1] - special)
+            return Path(length, special, *beside, masked=masked, waits=waits, waits_once=max(0, in_all - sum(waits)))
         exchanging = [number for number, block in enumerate(self.blocks) if block.exchanges]
         outer, *_ = self.turns(elements, exchanging, back=True)[0]
         beside = (whole[0] - outer[0], whole[1] - outer[1])
-        return Path(length, special, *beside, outer[0] - length, outer[1] - special, masked)
+        around = self.waits(outer, turns=2)
+        return Path(
+            length, special, *beside, outer[0] - length, outer[1] - special, masked,
+            waits, max(0, around - sum(waits)), max(0, in_all - around),
+        )  # fmt: skip
 
 
 _SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
+_REGISTER = re.compile(r"\bR(\d+)(\.64)?")
 _SASS_LABEL = re.compile(r"(\.L_x_\d+):")
 
 
@@ -176,10 +214,17 @@ def parse_sass(text: str) -> Program:
             places = re.findall(r"\.L_x_\d+", operands) if name in ("BRA", "CALL") else []
             jumps = places[-1] if places else None
             conditional = predicate is not None or operands.startswith(("UP", "!UP", "UR"))
+            named = [(int(number), 2 if pair else 1) for number, pair in _REGISTER.findall(operands)]
+            loaded = range(0)
+            if name == "LDG" and named:
+                width = re.search(r"\.(64|128|256)\b", operation)
+                loaded = range(named[0][0], named[0][0] + (int(width[1]) // 32 if width else 1))
             instructions.append(
                 Instruction(
                     operation == "MUFU.EX2", name == "MUFU", name == "SHFL", jumps, name == "EXIT",
                     goes_on=conditional or not (places or name == "EXIT"),
+                    loads=frozenset(loaded),
+                    names=frozenset(first + more for first, size in named for more in range(size)),
                 )
             )  # fmt: skip
     return Program(instructions, labels)

@@ -203,14 +203,16 @@ def kernel_reports(**wanted: Any) -> list[dict[str, Any]]:
 def kernel_table() -> str:
     """Rows of 128,256 classes."""
     lines = [
-        "| kernel | target | logits | registers | occupancy | KiB under way | loop | target | end | special | once |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| kernel | target | logits | registers | occupancy | waits | KiB under way "
+        "| loop | target | end | special | once |",
+        "|---|---|---|" + "---:|" * 9,
     ]
     for report in kernel_reports(classes=128256, few=False):
         variant = [report["kernel"], report["case"]["target"], report["case"]["dtype"]]
         loop = " | ".join(f"{report[f'{turn}_per_logit']:.1f}" for turn in ("loop", "target", "end"))
         beside = f"{report['loop_special_per_logit']:.2f} | {report['once']}"
-        residence = f"{report['registers']} | {100 * report['occupancy']:.0f} % | {report['bytes_in_flight'] >> 10}"
+        waits = f"{report['waits'] or ''} | {report['bytes_in_flight'] >> 10}"
+        residence = f"{report['registers']} | {100 * report['occupancy']:.0f} % | {waits}"
         lines.append(f"| {' | '.join(variant)} | {residence} | {loop} | {beside} |")
     about = json.loads(KERNEL_RESULTS.read_text())["environment"]
     return "\n".join([*lines, "", f"Triton {about['triton']}; `benchmarks/results/compile_report.json`."])

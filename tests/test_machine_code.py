@@ -73,6 +73,22 @@ def test_without_a_loop_all_is_counted() -> None:
     assert (path.turn, path.turn_special, path.once, path.once_special) == (8, 3, 0, 0)
 
 
+def test_waits_for_memory_are_counted() -> None:
+    """What needs a load waits for all that were asked for before it; of a turn, also for those of the turn before."""
+    assert parse_sass(KERNEL).usual_path(2).waits == (1,)
+    load = "LDG.E.128 R4, desc[UR4][R2.64] ;"
+    second = "\n        /*0024*/                   LDG.E R{}, desc[UR4][R2.64] ;"
+    together = parse_sass(KERNEL.replace(load, load + second.format(8)).replace("MUFU.EX2 R5, R5", "MUFU.EX2 R5, R8"))
+    assert together.usual_path(2).waits == (1,)
+    one_by_one = KERNEL.replace("MUFU.EX2 R4, R4 ;", f"MUFU.EX2 R4, R7 ;{second.format(5)}")
+    assert parse_sass(one_by_one).usual_path(2).waits == (2,)
+    ahead = KERNEL.replace(load, "NOP ;").replace("MUFU.EX2 R5, R5 ;", f"MUFU.EX2 R5, R5 ;{second.format(4)}")
+    assert parse_sass(ahead).usual_path(2).waits == (1,)
+    path = parse_sass(KERNEL.replace("S2R R0, SR_TID.X ;", f"S2R R0, SR_TID.X ;{second.format(2)}")).usual_path(2)
+    assert (path.waits, path.waits_once) == ((1,), 1)  # once for the address
+    assert parse_sass(KERNEL.replace(load, "NOP ;")).usual_path(2).waits == (0,)
+
+
 def test_uniform_branches_are_conditional() -> None:
     uniform = KERNEL.replace("@P1 BRA `(.L_x_1)", "    BRA.U UP0, `(.L_x_1)")
     assert parse_sass(uniform).usual_path(2).turn == 5
