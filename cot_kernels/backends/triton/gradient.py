@@ -166,9 +166,32 @@ def write_pieces(
         tl.store(pointers, grad.to(grad_base.dtype.element_ty), mask=written)
 
 
+# What write_pieces leaves of a row that begins anywhere: the accesses that it shares with its neighbours, one at either
+# end. They are asked for with the pieces: behind the stores of those, a thread would wait for memory again.
+
+
 @triton.jit
-def write_ends(
-    base,
+def end_places(head, num_classes, VEC: tl.constexpr, AT_START: tl.constexpr):
+    """The places of one end, [ROWS, VEC], and which of them are classes of the row."""
+    end = by_row(head + num_classes)
+    if AT_START:
+        places = tl.zeros_like(end) + tl.arange(0, VEC)[None, :]
+        mask = by_row(head > 0) & (places >= by_row(head))
+    else:
+        places = end // VEC * VEC + tl.arange(0, VEC)[None, :]
+        mask = places < end
+    return places, mask
+
+
+@triton.jit
+def load_end(base, head, wanted, num_classes, VEC: tl.constexpr, AT_START: tl.constexpr):
+    places, mask = end_places(head, num_classes, VEC, AT_START)
+    return tl.load(by_row(base) + (places - by_row(head)), mask=mask & by_row(wanted), other=0.0)
+
+
+@triton.jit
+def write_end(
+    z,
     grad_base,
     head,
     target,
@@ -181,23 +204,14 @@ def write_ends(
     offset,
     at_target,
     VEC: tl.constexpr,
+    AT_START: tl.constexpr,
 ):
-    """What :func:`write_pieces` leaves: the accesses that a row, of several, shares with its neighbours, one at either
-    end."""
-    end = head + num_classes
-    last = end // VEC * VEC
+    places, mask = end_places(head, num_classes, VEC, AT_START)
+    classes = places - by_row(head)
     slope, offset, at_target = silence(wanted, slope, offset, at_target)
-    for side in tl.static_range(2):
-        if side == 0:
-            places = by_row(tl.zeros_like(last)) + tl.arange(0, VEC)[None, :]
-            mask = by_row(head > 0) & (places >= by_row(head))
-        else:
-            places = by_row(last) + tl.arange(0, VEC)[None, :]
-            mask = places < by_row(end)
-        classes = places - by_row(head)
-        z = widen(tl.load(by_row(base) + classes, mask=mask & by_row(wanted), other=0.0), shift.dtype)
-        grad = gradient_of_rows(z, classes == by_row(target), shift, log_total, slope, offset, at_target)
-        tl.store(by_row(grad_base) + classes, grad.to(grad_base.dtype.element_ty), mask=mask & by_row(inside))
+    at = classes == by_row(target)
+    grad = gradient_of_rows(widen(z, shift.dtype), at, shift, log_total, slope, offset, at_target)
+    tl.store(by_row(grad_base) + classes, grad.to(grad_base.dtype.element_ty), mask=mask & by_row(inside))
 
 
 @triton.jit(do_not_specialize_on_alignment=["tiles", "turns"])
@@ -297,6 +311,9 @@ def gradient_kernel(
             grad_base = row_pointers(grad_pointer, rows, inner, hint(grad_stride_n, ALIGN), grad_stride_d)
             head = first_classes(base, ROWS, VEC, HEADS)
             pieces = load_pieces(base, head, wanted, num_classes, PIECES, WIDTH, VEC, ALIGN, HEADS, 0.0, 0.0)
+            if HEADS:
+                start_end = load_end(base, head, wanted, num_classes, VEC, True)
+                last_end = load_end(base, head, wanted, num_classes, VEC, False)
             target, shift, slope, offset, at_target = load_state(
                 target_pointer, state_pointer, upstream_pointer, factor_pointer,
                 rows, num_rows, num_classes, upstream_stride, HAS_FACTOR,
@@ -306,7 +323,11 @@ def gradient_kernel(
                 shift, log_total, slope, offset, at_target, PIECES, ROWS, WIDTH, VEC, ALIGN, HEADS,
             )  # fmt: skip
             if HEADS:
-                write_ends(
-                    base, grad_base, head, target, inside, wanted, num_classes,
-                    shift, log_total, slope, offset, at_target, VEC,
+                write_end(
+                    start_end, grad_base, head, target, inside, wanted, num_classes,
+                    shift, log_total, slope, offset, at_target, VEC, True,
+                )  # fmt: skip
+                write_end(
+                    last_end, grad_base, head, target, inside, wanted, num_classes,
+                    shift, log_total, slope, offset, at_target, VEC, False,
                 )  # fmt: skip
