@@ -14,7 +14,7 @@ class Budget(NamedTuple):
     loop: float  # instructions a logit in a turn of the main loop, or where there is none of all, at most
     once: int  # instructions of a thread beside the turns, of a row and of a program, at most
     registers: int  # of a thread, at most
-    under_way: int  # KiB that the threads of a multiprocessor load in one turn, at least
+    under_way: int  # KiB that the threads of a multiprocessor load in a turn, over their waits in it, at least
 
 
 NVIDIA = {
