@@ -30,7 +30,7 @@ fuzz: $(VENV)/.installed  ## New random cases, some 25,000: losses against the f
 test-gpu:  ## The GPU-marked tests, with whatever Python environment is active
 	$(PYTHON) -m pytest -m gpu
 
-test-emulated: $(VENV)/.installed  ## Those of the kernels as compiled for sm_90, executed on the CPU: some ten minutes
+test-emulated: $(VENV)/.installed  ## Those of the kernels as compiled for sm_90, executed on the CPU: some twenty minutes
 	EMULATED_GPU=sm_90 $(PYTEST) -n 2 --dist worksteal -m gpu $(KERNEL_TESTS)
 
 lint: $(VENV)/.installed

@@ -45,9 +45,7 @@ def test_short_rows_off_a_boundary_are_read_from_the_one_before(logits: Tensor) 
 
 # Around powers of two, the bounds of a tile, and of an access.
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "num_classes", [2, 3, 7, 8, 9, 10, 31, 33, 100, 200, 255, 257, 501, 633, 1017, 1018, 1023, 1024, 2041]
-)
+@pytest.mark.parametrize("num_classes", [2, 3, 7, 8, 9, 10, 31, 33, 100, 257, 501, 1017, 1018, 1023, 1024, 2041])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_short_rows_that_begin_anywhere(num_classes: int, dtype: torch.dtype) -> None:
     """Value and gradient; in place it leaves what lies between the rows and beside them alone, but for what pads rows
@@ -283,7 +281,7 @@ def test_the_compiler_report_has_every_number_of_lanes(odd: bool) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("classes", [20, 33, 64, 100, 505, 600, 1000, 1001, 1100, 2041, 5001])
+@pytest.mark.parametrize("classes", [20, 33, 64, 100, 505, 1000, 1001, 1100, 2041, 5001])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_rows_in_turn(classes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """As published, and as one by one to the last bit: also in a last program that is not full, ignored and stray."""
