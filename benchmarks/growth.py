@@ -8,7 +8,6 @@ it, at what a call costs by itself.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ import cot_kernels
 from benchmarks import resources, timing
 from benchmarks.arguments import duration, output_file, thread_count
 from benchmarks.cases import Case
-from benchmarks.environment import environment
+from benchmarks.environment import environment, write_results
 from benchmarks.progress import progress
 from benchmarks.providers import Loss
 from cot_kernels import reference
@@ -70,10 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             advance(case_of(along, size).name)
             results.extend(measure(along, size, options.seconds))
     if options.output:
-        lines = ",\n".join(json.dumps(result) for result in results)
-        about = json.dumps(environment(options.threads))
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(f'{{"environment": {about}, "results": [\n{lines}\n]}}\n')
+        write_results(options.output, environment(options.threads), results)
     if options.figure:
         from benchmarks.plots import growth, write  # Matplotlib: only where a figure is wanted
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import math
 import multiprocessing
 import resource
@@ -27,7 +26,7 @@ from torch.nn import functional as F
 import cot_kernels
 from benchmarks import timing
 from benchmarks.arguments import at_least_one, device_argument, duration, output_file, thread_count
-from benchmarks.environment import environment
+from benchmarks.environment import environment, write_results
 from benchmarks.progress import progress
 from benchmarks.runner import LATE, message_of
 from cot_kernels import reference
@@ -239,12 +238,6 @@ def timed(step: Step, tensors: tuple[Tensor, Tensor, Tensor], device: torch.devi
     return [time.perf_counter() - start]
 
 
-def write(output: Path, about: dict[str, Any], results: list[dict[str, Any]]) -> None:
-    lines = ",\n".join(json.dumps(row) for row in results)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(f'{{"environment": {json.dumps(about)}, "results": [\n{lines}\n]}}\n')
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=output_file, help="JSON file to write")
@@ -276,7 +269,7 @@ def main() -> None:
             advance("{} x {} -> {}".format(*shape))
             results += measure(shape, device, options.threads, options.rounds, options.seconds, deadline)
             if options.output:
-                write(options.output, about, results)
+                write_results(options.output, about, results)
     for row in results:
         said = row.get("message", "")
         numbers = f"{row['times']:.2f} of three products, {row['peak_bytes'] / 2**20:.0f} MiB" if "times" in row else ""

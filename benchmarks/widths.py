@@ -8,7 +8,6 @@ a logit takes, and predicts from that: see :mod:`.bounds`. It must run without T
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from benchmarks.arguments import output_file
 from benchmarks.bounds import GPUS, both_passes
 from benchmarks.compile_report import read
-from benchmarks.environment import environment
+from benchmarks.environment import environment, write_results
 from benchmarks.launches import DTYPES, Case, Layout, launches
 from benchmarks.progress import progress
 from cot_kernels.backends.triton import launch
@@ -72,9 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             advance(f"{case.target}, {case.classes} classes")
             results.extend(found)
     if options.output:
-        lines = ",\n".join(json.dumps(result) for result in results)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(f'{{"environment": {json.dumps(environment(1))}, "results": [\n{lines}\n]}}\n')
+        write_results(options.output, environment(1), results)
     if options.figure:
         from benchmarks.plots import widths, write  # Matplotlib: only where a figure is wanted
 

@@ -172,7 +172,7 @@ def write_pieces(
 
 @triton.jit
 def end_places(head, num_classes, VEC: tl.constexpr, AT_START: tl.constexpr):
-    """The places of one end, [ROWS, VEC], and which of them are classes of the row."""
+    """The places of one end, [ROWS, VEC], and which of them are classes of a row of several accesses."""
     end = by_row(head + num_classes)
     if AT_START:
         places = tl.zeros_like(end) + tl.arange(0, VEC)[None, :]
