@@ -46,7 +46,7 @@ FEW = 64  # rows: of so few long ones, several programs share one
 Layout: TypeAlias = Literal[
     "short",  # each begins on a 16-byte boundary
     "short, odd",  # anywhere
-    "short, sliced",  # of a wider tensor, whose rows begin elsewhere than those of the gradient
+    "short, sliced",  # of a wider tensor: each begins on a boundary, and none ends on one
     "long",
     "long, odd",
     "long, sliced",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import CASES, Case
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -90,6 +91,20 @@ def test_compiled_by_inductor(shape: tuple[int, ...], dtype: torch.dtype, device
         compiled = both(torch.compile(step, fullgraph=True), logits.to(dtype), target)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(compiled, both(step, logits.to(dtype), target), rtol=tolerance, atol=tolerance / 10)
+
+
+@on_both_backends
+@pytest.mark.parametrize(("first", "dynamic"), [(0, False), (0, True), (1, True)])
+def test_a_slice_of_padded_rows_by_inductor(first: int, dynamic: bool, device: torch.device) -> None:
+    """Its gradient, of padded rows itself, reaches the whole of it."""
+    wide, target = (each.to(device) for each in problem(6, 16))
+
+    def step(wide: Tensor, target: Tensor) -> Tensor:
+        return cot_kernels.complement_cross_entropy((wide * 1.5)[:, first : first + 13], target % 13)
+
+    with torch._inductor.config.patch(force_disable_caches=True):
+        compiled = both(torch.compile(step, fullgraph=True, dynamic=dynamic), wide, target)
+    torch.testing.assert_close(compiled, both(step, wide, target), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -275,11 +290,13 @@ def test_opcheck_of_statistics(shape: tuple[int, ...], dtype: torch.dtype, devic
 
 
 @on_both_backends
-@pytest.mark.parametrize("layout", ["dense", "transposed", "every other class", "expanded"])
+@pytest.mark.parametrize("layout", ["dense", "padded", "off a boundary", "transposed", "every other class", "expanded"])
 def test_operators_keep_to_the_strides_they_announce(layout: str, device: torch.device) -> None:
     logits, target = (each.to(device) for each in problem(6, 8))
     strided = {
         "dense": logits,
+        "padded": F.pad(logits, (0, 5))[:, :8],
+        "off a boundary": F.pad(logits, (1, 8))[:, 1:9],
         "transposed": logits.t().contiguous().t(),
         "every other class": logits.repeat_interleave(2, 1)[:, ::2],
         "expanded": logits[:1].expand(6, 8),

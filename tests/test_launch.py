@@ -39,20 +39,20 @@ def test_short_rows_off_a_boundary_are_read_from_the_one_before(logits: Tensor) 
     tile = _tile(logits)
     assert tile.align == 1 and tile.heads
     assert tile.overhang == 3 and tile.block >= min(logits.shape[1] + 3, 1024)
-    other = torch.empty_strided(logits.shape, (1003, 1))
+    other = torch.empty_strided(logits.shape, (logits.stride(0) + 1, 1))
     assert not _tile(logits, other).heads  # a gradient that begins elsewhere is written as it comes
 
 
 # Around powers of two, the bounds of a tile, and of an access.
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_classes", [2, 3, 7, 8, 9, 10, 31, 33, 100, 257, 501, 1017, 1018, 1023, 1024, 2041])
+@pytest.mark.parametrize("num_classes", [2, 3, 7, 8, 9, 10, 31, 33, 100, 257, 501, 1017, 1018, 1023, 1024, 2041, 2049])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_short_rows_that_begin_anywhere(num_classes: int, dtype: torch.dtype) -> None:
+def test_rows_that_begin_anywhere(num_classes: int, dtype: torch.dtype) -> None:
     """Value and gradient; in place it leaves what lies between the rows and beside them alone, but for what pads rows
     that begin on 16-byte boundaries to whole accesses."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows, objective = 5, CrossEntropyObjective(1.0, 0.7)
-    for offset, padding in ((0, 0), (0, 1), (1, 0), (3, 2)):
+    for offset, padding in ((0, 0), (0, 1), (1, 0), (3, 2), (0, 8 - num_classes % 8)):
         stride = num_classes + padding
         kept = torch.randn(offset + rows * stride + 16, generator=torch.Generator().manual_seed(0)).to(device, dtype)
         logits = kept.as_strided((rows, num_classes), (stride, 1), offset)
@@ -68,7 +68,8 @@ def test_short_rows_that_begin_anywhere(num_classes: int, dtype: torch.dtype) ->
         gradient = backend.gradient(logits, saved, torch.ones((), device=device))
         tolerance = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 8e-3}[dtype]
         torch.testing.assert_close(loss.flatten().double().cpu(), expected, rtol=3e-6, atol=3e-6)
-        for found in (gradient, None):
+        elsewhere = backend.gradient(logits, saved, torch.ones((), device=device), torch.empty_like(logits))
+        for found in (gradient, elsewhere, None):
             if found is None:
                 before = kept.clone()
                 found = logits
@@ -114,7 +115,48 @@ def test_long_rows_need_equal_heads_in_logits_and_gradient() -> None:
     assert _tile(odd, matrix(50257)).align == 4
     assert _tile(odd, matrix(50257, stride=50258)).align == 1
     assert _tile(odd, matrix(50257, offset=1)).align == 1
-    assert _tile(matrix(SHORT), matrix(SHORT, stride=SHORT + 4)).align == 1
+    assert _tile(matrix(SHORT), matrix(SHORT, stride=SHORT + 2)).align == 1
+    assert _tile(matrix(SHORT), matrix(SHORT, stride=SHORT + 4)).align == 4  # as far from a boundary, if elsewhere
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("classes", [1, 5, 1000, 1001, 50257])
+def test_a_gradient_begins_as_far_from_a_boundary_as_its_logits(classes: int, dtype: torch.dtype) -> None:
+    """With less than an access to a row that is not its own; for a compiler it begins on a boundary."""
+    per_access = 16 // dtype.itemsize
+    for stride in (0, *range(classes, classes + 2 * per_access)):
+        for offset in (0, 1, per_access - 1, per_access):
+            logits = matrix(classes, dtype, max(stride, 1), offset) if stride else matrix(classes, dtype).expand(4, -1)
+            gradient = backend.gradient_like(logits, backend._begin(logits))
+            assert gradient.shape == logits.shape and gradient.stride(1) == 1
+            assert _tile(logits, gradient).align == _tile(logits).align
+            assert _tile(logits, gradient).heads == _tile(logits).heads or classes <= 4 * per_access
+            assert classes <= gradient.stride(0) < classes + per_access
+            assert gradient.untyped_storage().nbytes() <= 16 + 4 * gradient.stride(0) * dtype.itemsize
+            on_boundary = backend.gradient_like(logits)
+            assert on_boundary.storage_offset() == 0 and on_boundary.stride() == gradient.stride()
+
+
+def test_a_gradient_lies_as_dense_logits_do() -> None:
+    wide, tokens, single = torch.zeros(4, 6, 10), torch.zeros(6, 4, 10), torch.zeros(1, 10, 1)
+    for logits in (
+        wide[0],
+        wide.movedim(2, 1),
+        tokens.permute(1, 2, 0),
+        single,
+        single.as_strided((1, 10, 1), (3, 1, 7)),
+        wide.movedim(2, 0),
+        wide[:, :0].movedim(2, 1),
+        wide[:0].movedim(2, 1),
+    ):
+        gradient = backend.gradient_like(logits)
+        assert gradient.is_contiguous() == logits.is_contiguous()
+        for expected, stride, size in zip(
+            torch.empty_like(logits).stride(), gradient.stride(), logits.shape, strict=True
+        ):
+            assert expected == stride or size == 1, logits.stride()
+    sliced = tokens[:, :, :5].permute(1, 2, 0)  # (4, 5, 6), rows of 5 classes, 40 apart where the batch goes on
+    assert backend.gradient_like(sliced).stride() == (6, 1, 24)
 
 
 def test_rows_are_padded_as_far_as_their_storage_goes() -> None:

@@ -56,21 +56,51 @@ def _rows_adjoin(logits: Tensor) -> bool:
     return stride_d == 1 and all(number % 16 == 0 for number in (inner, stride_n, stride_k))
 
 
+def _begin(tensor: Tensor) -> int:
+    """How many numbers after a 16-byte boundary a tensor begins."""
+    return tensor.data_ptr() % 16 // tensor.itemsize
+
+
+def gradient_like(logits: Tensor, begin: int = 0) -> Tensor:
+    """Memory for a gradient, ``begin`` numbers after a 16-byte boundary.
+
+    If that is where the logits begin, all its rows begin as far from one as theirs do, and can be written in the same
+    accesses that they are read in. So a slice of padded rows gets padded ones; dense logits get a gradient that lies as
+    they do.
+    """
+    if _strides(logits)[2] != 1 or (not begin and logits.is_contiguous()):
+        return torch.empty_like(logits)
+    per_access = 16 // logits.itemsize
+    strides, extent = list(logits.stride()), logits.shape[1]
+    for dim in sorted((0, *range(2, logits.dim())), key=logits.stride):
+        if logits.shape[dim] != 1:
+            strides[dim] = extent + (logits.stride(dim) - extent) % per_access
+            extent = strides[dim] * logits.shape[dim]
+    if not begin:
+        return torch.empty_strided(logits.shape, strides, dtype=logits.dtype, device=logits.device)
+    return logits.new_empty(begin + extent).as_strided(logits.shape, strides, begin)
+
+
 def _tile(*tensors: Tensor) -> launch.Tile:
     """The tile for logits, or for logits and their gradient, which is read and written alike."""
     logits = tensors[0]
     num_classes, itemsize = logits.shape[1], logits.itemsize
     _, stride_n, _, stride_d = _strides(logits)
-    on_boundary = all(each.data_ptr() % 16 == 0 for each in tensors)
-    alike = all(each.stride() == logits.stride() for each in tensors)
     per_access = 16 // itemsize
+    begins = {_begin(each) for each in tensors}
+    on_boundary = begins == {0}
+    alike = len(begins) == 1 and all(
+        (one - other) % per_access == 0
+        for each in tensors[1:]
+        for one, other in zip(each.stride(), logits.stride(), strict=True)
+    )
     rows_aligned = on_boundary and alike and stride_n % per_access == 0 and stride_d == 0
     return launch.choose_tile(
         num_classes,
         itemsize,
         classes_adjoin=all(_strides(each)[2] == 1 for each in tensors),
         rows_aligned=rows_aligned,
-        head_aligned=len(tensors) == 1 or (on_boundary and alike),
+        head_aligned=alike,
         rows_adjoin=on_boundary and all(_rows_adjoin(each) for each in tensors),
         ends_written=len(tensors) > 1,
         warp=32 if torch.version.hip is None else 64,
@@ -191,7 +221,7 @@ def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None
     assert target is not None and state is not None
     target, state = target.contiguous(), state.contiguous()  # hooks on saved tensors may have changed how they lie
     logits = logits.resolve_neg()
-    grad = torch.empty_like(logits) if grad is None else grad
+    grad = gradient_like(logits, _begin(logits)) if grad is None else grad
     if not grad.numel():
         return grad
     num_rows, num_classes = target.numel(), logits.shape[1]
@@ -326,7 +356,7 @@ def _value_then_gradient(
 
 
 # The same by rows, for the registered operators: what is handed on is one tensor, whose shape follows from that of the
-# target alone.
+# target alone; and a gradient begins on a boundary, as compilers expect.
 
 LOSS_STATE = 5  # see statistics.finish
 STATISTICS_STATE = 3  # shift, log2 s, S
@@ -340,7 +370,7 @@ def row_loss(logits: Tensor, target: Tensor, ignore_index: int, objective: Objec
 
 
 def row_loss_gradient(logits: Tensor, target: Tensor, ignore_index: int, state: Tensor, upstream: Tensor) -> Tensor:
-    return gradient(logits, (target, state, None), upstream)
+    return gradient(logits, (target, state, None), upstream, gradient_like(logits))
 
 
 def row_statistics(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -363,4 +393,4 @@ def row_statistics_gradient(
 ) -> Tensor:
     state = state.flatten(1)
     coefficients = _coefficients(state, state[2], d_target_logit, d_complement_lse, d_negentropy)
-    return gradient(logits, (target, coefficients, None), coefficients.new_ones(()))
+    return gradient(logits, (target, coefficients, None), coefficients.new_ones(()), gradient_like(logits))
