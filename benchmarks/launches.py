@@ -46,10 +46,9 @@ FEW = 64  # rows: of so few long ones, several programs share one
 Layout: TypeAlias = Literal[
     "short",  # each begins on a 16-byte boundary
     "short, odd",  # anywhere
-    "short, sliced",  # of a wider tensor: each begins on a boundary, and none ends on one
+    "short, sliced",  # of a wider tensor: each begins on a boundary, and none ends on one; long ones are as odd ones
     "long",
     "long, odd",
-    "long, sliced",
     "class-major",  # (N, K, d1, d2), sizes that 16 divides
     "class-major, odd",
 ]
@@ -62,7 +61,6 @@ CLASSES: dict[Layout, tuple[int, ...]] = {
     "short, sliced": (10, 1001, 2041),
     "long": (2056, 4096, 128256),
     "long, odd": (5001, 50257),
-    "long, sliced": (50257,),
     "class-major": (21,),
     "class-major, odd": (21,),
 }

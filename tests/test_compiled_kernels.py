@@ -141,9 +141,6 @@ def test_both_passes_are_predicted_to_reach_the_goal(reports: list[dict[str, Any
                 kernels[report["kernel"]] = min(each["share"], kernels.get(report["kernel"], 1.0))
     assert shares or reports[0]["case"]["target"] == "gfx942"
     for (gpu, layout, classes), kernels in shares.items():
-        if len(kernels) < 2:  # long rows of a wider tensor have the forward kernel of any that begin anywhere
-            assert (layout, list(kernels)) == ("long, sliced", ["gradient"])
-            continue
         share = both_passes(kernels["statistics"], kernels["gradient"])
         known_gaps = {("B200", 1001): 0.85, ("B200", 2056): 0.82}
         assert share >= known_gaps.get((gpu, classes), 0.9), (gpu, layout, classes, share)
