@@ -103,9 +103,9 @@ def variants(rows: int, classes: int, itemsize: int) -> Iterator[Variant]:
     aligned = classes * itemsize % 16 == 0
     tile, written = (
         launch.choose_tile(
-            classes, itemsize, classes_adjoin=True, rows_aligned=aligned, head_aligned=True, ends_written=ends_written
+            classes, itemsize, classes_adjoin=True, rows_aligned=aligned, head_aligned=True, backward=backward
         )
-        for ends_written in (False, True)
+        for backward in (False, True)
     )
     tiles, written_tiles = (-(-(classes + each.overhang) // each.block) for each in (tile, written))
     # How far a long row may begin from a boundary does not show in its kernels.

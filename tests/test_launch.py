@@ -185,12 +185,37 @@ def test_rows_side_by_side_are_read_together_from_a_boundary_on() -> None:
         torch.zeros(2, 21, 50)[:, :, :48],
     )
     for logits in odd:
-        assert _tile(logits).rows == 128
-        assert _tile(torch.zeros(logits.shape), logits).rows == 128
+        assert _tile(logits).plane
+        assert _tile(torch.zeros(logits.shape), logits).plane
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("warp", [32, 64])
+@pytest.mark.parametrize("backward", [False, True])
+def test_tiles_of_rows_side_by_side(backward: bool, warp: int, itemsize: int) -> None:
+    """Most places of a plane's tiles are rows of it, and each thread folds all classes of its own."""
+    tiles = set()
+    for inner in range(1, 5000):
+        for rows_adjoin in (True, False) if inner % 16 == 0 else (False,):
+            tile = launch.choose_tile_across(21, itemsize, inner, rows_adjoin=rows_adjoin, backward=backward, warp=warp)
+            tiles.add(tile)
+            assert tile.across and tile.turns == 1 and tile.plane == (not rows_adjoin and inner >= warp)
+            few = rows_adjoin and warp == 64 and itemsize == 2  # there two threads share a row
+            threads = warp * tile.warps
+            assert tile.rows * tile.vec % threads == 0 and (few or tile.rows % threads == 0)
+            places = -(-inner // tile.rows) * tile.rows
+            assert not tile.plane or places <= 1.25 * inner or tile.rows == warp
+    assert len(tiles) <= 7
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(2, 3, 16), (1, 21, 1040), (3, 2, 48), (2, 5, 2064), (1, 1100, 16)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *((2, 3, 16), (1, 21, 1040), (3, 2, 48), (2, 5, 2064), (1, 1100, 16)),  # 128 bits an access
+        *((5, 7, 31), (2, 3, 33), (3, 21, 127), (2, 4, 300), (1, 21, 1025), (2, 1030, 40)),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_rows_side_by_side(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Ignored rows are read with the others, and nothing of what they hold shows."""
@@ -202,7 +227,7 @@ def test_rows_side_by_side(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     exact = logits.double().cpu().clone().requires_grad_()
     complement_cross_entropy(exact, target.cpu(), gamma=-0.7, normalization="none", reduction="sum").backward()
     logits[:, :, ::5] = torch.nan
-    assert _tile(logits).rows > 128 and exact.grad is not None
+    assert _tile(logits).across and exact.grad is not None
     loss, saved = backend.loss(logits, target, -100, CrossEntropyObjective(1.0, 0.7), "none")
     gradient = backend.gradient(logits, saved, torch.ones((), device=device))
     assert saved[1] is not None and loss.isfinite().all() and not saved[1][[0, 2, 3, 4]].isnan().any()
@@ -288,10 +313,10 @@ def test_tiles_of_short_rows(aligned: bool, warp: int, dtype: torch.dtype) -> No
     itemsize = dtype.itemsize
     tiles = set()
     for classes in range(2, launch.SHORT_ROW // itemsize + 2):
-        for ends_written in (False, True):
+        for backward in (False, True):
             tile = launch.choose_tile(
                 classes, itemsize, classes_adjoin=True, rows_aligned=aligned, head_aligned=not aligned,
-                ends_written=ends_written, warp=warp,
+                backward=backward, warp=warp,
             )  # fmt: skip
             assert tile.long == ((classes + tile.overhang) * itemsize > launch.SHORT_ROW)
             if tile.long:

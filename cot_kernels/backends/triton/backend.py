@@ -43,16 +43,18 @@ def _on_device_of(logits: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext()
 
 
-def _strides(logits: Tensor) -> tuple[int, int, int, int]:
-    """inner, stride_n, stride_k, stride_d of (N, K) or (N, K, D) logits; row n * inner + d."""
+def _strides(logits: Tensor, across: bool = False) -> tuple[int, int, int, int]:
+    """inner, stride_n, stride_k, stride_d of (N, K) or (N, K, D) logits; row n * inner + d. Where rows lie side by
+    side, those of (N, K) are one plane."""
     if logits.dim() == 2:
-        return 1, logits.stride(0), logits.stride(1), 0
+        stride_n, stride_k = logits.stride()
+        return (logits.shape[0], 0, stride_k, stride_n) if across else (1, stride_n, stride_k, 0)
     stride_n, stride_k, stride_d = logits.stride()
     return logits.shape[2], stride_n, stride_k, stride_d
 
 
 def _rows_adjoin(logits: Tensor) -> bool:
-    inner, stride_n, stride_k, stride_d = _strides(logits)
+    inner, stride_n, stride_k, stride_d = _strides(logits, across=True)
     return stride_d == 1 and all(number % 16 == 0 for number in (inner, stride_n, stride_k))
 
 
@@ -98,13 +100,20 @@ def _tile(*tensors: Tensor) -> launch.Tile:
     return launch.choose_tile(
         num_classes,
         itemsize,
+        inner=_strides(logits, across=True)[0],
         classes_adjoin=all(_strides(each)[2] == 1 for each in tensors),
         rows_aligned=rows_aligned,
         head_aligned=alike,
         rows_adjoin=on_boundary and all(_rows_adjoin(each) for each in tensors),
-        ends_written=len(tensors) > 1,
+        backward=len(tensors) > 1,
         warp=32 if torch.version.hip is None else 64,
     )
+
+
+def _blocks(tile: launch.Tile, num_rows: int, inner: int) -> int:
+    """The tiles that hold each row."""
+    planes, in_each = (num_rows // inner, inner) if tile.plane else (1, num_rows)
+    return planes * -(-in_each // tile.rows)
 
 
 def _splits(tile: launch.Tile, num_rows: int, num_classes: int, device: torch.device) -> int:
@@ -132,7 +141,8 @@ def _forward(
     else:
         turns = launch.choose_row_turns(tile, num_rows, _multiprocessors(device))
         block_rows = turns * tile.rows
-    blocks = triton.cdiv(num_rows, block_rows)
+    inner, stride_n, stride_k, stride_d = _strides(logits, tile.across)
+    blocks = _blocks(tile, num_rows, inner) if tile.plane else triton.cdiv(num_rows, block_rows)
 
     state = torch.empty((5, num_rows), dtype=dtype, device=device)
     if reduces:
@@ -141,7 +151,6 @@ def _forward(
         values = torch.empty((1 if objective is not None else 3, num_rows), dtype=dtype, device=device)
     if not num_rows:
         return values, target, state
-    inner, stride_n, stride_k, stride_d = _strides(logits)
     finish = (
         state, values, num_rows, num_classes, inner, stride_n, stride_k, stride_d, ignore_index, *parameters,
     )  # fmt: skip
@@ -168,6 +177,7 @@ def _forward(
             REDUCES=reduces,
             LONG=tile.long,
             ACROSS=tile.across,
+            PLANE=tile.plane,
             ROWS=tile.rows,
             TURNS=tile.turns,
             PIECES=tile.pieces,
@@ -229,17 +239,18 @@ def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None
     tile = _tile(logits, grad)
     tiles = triton.cdiv(num_classes + tile.overhang, tile.block)
     turns = launch.choose_turns(tile, num_rows, tiles, _multiprocessors(logits.device))
-    blocks = triton.cdiv(num_rows, tile.rows)
+    inner, *strides = _strides(logits, tile.across)
+    blocks = _blocks(tile, num_rows, inner)
     programs = blocks * triton.cdiv(tiles, turns) if tile.long or tile.across else triton.cdiv(blocks, turns)
-    inner, *strides = _strides(logits)
     with _on_device_of(logits):
         gradient_kernel[(programs,)](
             logits, target, state, upstream, upstream if factor is None else factor, grad,
-            num_rows, num_classes, inner, *strides, *_strides(grad)[1:],
+            num_rows, num_classes, inner, *strides, *_strides(grad, tile.across)[1:],
             upstream.stride(0) if upstream.numel() == num_rows and num_rows > 1 else 0, tiles, turns,
             HAS_FACTOR=factor is not None,
             LONG=tile.long,
             ACROSS=tile.across,
+            PLANE=tile.plane,
             PIECES=tile.pieces,
             ROWS=tile.rows,
             WIDTH=tile.lanes * tile.vec,

@@ -14,15 +14,18 @@ import triton.language as tl
 from cot_kernels.backends.triton.tiles import (
     LOG2E,
     NOTHING,
+    base_across,
     by_row,
     first_classes,
     hint,
     is_interior,
     is_target,
+    load_across,
     load_pieces,
-    load_rows,
     misalignment,
+    pointers_across,
     row_pointers,
+    rows_across,
     step_back,
     to_class,
     widen,
@@ -126,6 +129,15 @@ def gradient_of_rows(z, at, shift, log_total, slope, offset, at_target):
     """Of a tile [ROWS, WIDTH] of several rows, whose targets are ``at``."""
     grad = complement_gradient(z, by_row(shift), by_row(log_total), by_row(slope), by_row(offset))
     return tl.where(at, by_row(at_target), grad)
+
+
+@triton.jit
+def gradient_across(z, start, target, wanted, shift, log_total, slope, offset, at_target, VEC: tl.constexpr):
+    """Of VEC classes from ``start`` on of rows side by side, [VEC, ROWS], whichever of them are wanted."""
+    z = widen(z, shift.dtype)
+    grad = complement_gradient(z, shift[None, :], log_total[None, :], slope[None, :], offset[None, :])
+    at = tl.arange(0, VEC)[:, None] == (target - start)[None, :]
+    return tl.where(wanted[None, :], tl.where(at, at_target[None, :], grad), 0.0)
 
 
 @triton.jit
@@ -237,6 +249,7 @@ def gradient_kernel(
     HAS_FACTOR: tl.constexpr,
     LONG: tl.constexpr,
     ACROSS: tl.constexpr,
+    PLANE: tl.constexpr,
     PIECES: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -278,27 +291,42 @@ def gradient_kernel(
                 shift, log_total, slope, offset, at_target, WIDTH, VEC, ALIGN, "",
             )  # fmt: skip
     elif ACROSS:
-        rows = block * ROWS + tl.arange(0, ROWS)
-        inside = rows < num_rows
+        rows, plane, before = rows_across(block, num_rows, inner, ROWS, PLANE)
+        inside, whole = rows < num_rows, before + ROWS <= inner
         log_total = load_log_total(state_pointer, rows, num_rows)
         wanted = log_total != float("inf")
         target, shift, slope, offset, at_target = load_state(
             target_pointer, state_pointer, upstream_pointer, factor_pointer,
             rows, num_rows, num_classes, upstream_stride, HAS_FACTOR,
         )  # fmt: skip
-        base = row_pointers(logits_pointer, rows, inner, stride_n, stride_d)
-        grad_base = row_pointers(grad_pointer, rows, inner, grad_stride_n, grad_stride_d)
-        head = first_classes(base, ROWS, VEC, False)
-        for tile in range(first, tl.minimum(first + turns, tiles)):
-            # One access may read several rows, whichever of them are wanted.
-            z, classes, within = load_rows(
-                base, head, tile * WIDTH, inside, num_classes, stride_k, WIDTH, VEC, 1, False, False, 0.0, 0.0
+        base = base_across(logits_pointer, rows, plane, before, inner, stride_n, stride_d, PLANE)
+        grad_base = base_across(grad_pointer, rows, plane, before, inner, grad_stride_n, grad_stride_d, PLANE)
+        base += first.to(tl.int64) * VEC * stride_k
+        grad_base += first.to(tl.int64) * VEC * grad_stride_k
+        last = tl.minimum(first + turns, tiles)
+        if PLANE:
+            # Logits are asked for a turn ahead: left to itself the compiler asks for one at a time.
+            coming = load_across(
+                base, inside, whole, first * VEC, num_classes, stride_k, stride_d, VEC, ROWS, PLANE, 0.0
             )
-            at = classes == by_row(target)
-            grad = gradient_of_rows(widen(z, dtype), at, shift, log_total, slope, offset, at_target)
-            grad = tl.where(by_row(wanted), grad, 0.0)
-            pointers = by_row(grad_base) + classes.to(tl.int64) * grad_stride_k
-            tl.store(pointers, grad.to(grad_pointer.dtype.element_ty), mask=by_row(inside) & within)
+        for tile in range(first, last):
+            start = tile * VEC
+            grad_pointers = pointers_across(grad_base, grad_stride_k, grad_stride_d, VEC, ROWS, PLANE)
+            grad_base += grad_stride_k.to(tl.int64) * VEC
+            if PLANE:
+                z, end = coming, tl.where(tile + 1 < last, num_classes, 0)
+                base += stride_k.to(tl.int64) * VEC
+                coming = load_across(base, inside, whole, start + VEC, end, stride_k, stride_d, VEC, ROWS, PLANE, 0.0)
+            else:
+                z = load_across(base, inside, whole, start, num_classes, stride_k, stride_d, VEC, ROWS, PLANE, 0.0)
+                base += stride_k.to(tl.int64) * VEC
+            grad = gradient_across(z, start, target, wanted, shift, log_total, slope, offset, at_target, VEC)
+            grad = grad.to(grad_pointer.dtype.element_ty)
+            if PLANE and whole & (start + VEC <= num_classes):
+                tl.store(grad_pointers, grad)
+            else:
+                mask = inside[None, :] & (start + tl.arange(0, VEC) < num_classes)[:, None]
+                tl.store(grad_pointers, grad, mask=mask)
     else:
         # Whether rows are read at all is asked for a turn ahead.
         start = program * turns * ROWS

@@ -46,7 +46,8 @@ class Tile:
     row that is whole in its tile: as few as hold the row. ``align`` is the number of classes in 16 bytes where accesses
     of that width can be promised to the compiler, and 1 where not. With ``heads`` rows begin anywhere, and each is read
     from the boundary before it. A ``long`` row takes many tiles, of which most need no mask. ``across`` rows, which lie
-    side by side, are read class after class; all others are whole in one tile. A ``warp`` is so many threads.
+    side by side, are read class after class, in tiles of one ``plane``, or of any rows; all others are whole in one
+    tile. A ``warp`` is so many threads.
     """
 
     rows: int
@@ -57,6 +58,7 @@ class Tile:
     heads: bool = False
     long: bool = False
     across: bool = False
+    plane: bool = False
     pieces: int = 1
     warp: int = 32
 
@@ -89,8 +91,9 @@ def choose_tile(
     classes_adjoin: bool,
     rows_aligned: bool,
     head_aligned: bool,
+    inner: int = 1,
     rows_adjoin: bool = False,
-    ends_written: bool = False,
+    backward: bool = False,
     warp: int = 32,
 ) -> Tile:
     """The tile for rows of ``num_classes`` logits of ``itemsize`` bytes.
@@ -99,22 +102,18 @@ def choose_tile(
         classes_adjoin: neighbouring classes are neighbours in memory, in all tensors involved.
         rows_aligned: every row begins on a 16-byte boundary.
         head_aligned: no row does for certain, but the rows of all tensors involved begin equally far from one.
+        inner: rows of a plane, which lie side by side where classes do not adjoin: D of (N, K, D), N of (N, K).
         rows_adjoin: neighbouring rows are neighbours in memory, 16 of them from a 16-byte boundary on, in all tensors.
-        ends_written: where rows begin anywhere, the accesses at either end of one are written class by class.
+        backward: the gradient is written. Where rows begin anywhere, the accesses at either end of one are written
+            class by class.
         warp: threads of one.
     """
     vec = 16 // itemsize
     if not classes_adjoin:
-        # Neighbours in memory are rows, of which a thread takes one, or as many as an access holds. With more classes
-        # at once the masks of half precision run out of AMD's scalar registers.
-        if rows_adjoin:
-            return Tile(
-                rows=128 * vec, lanes=1, vec=4 if warp == 32 else min(4, 16 // vec), align=1, warps=4, across=True
-            )
-        return Tile(rows=128, lanes=1, vec=4, align=1, warps=4, across=True)
+        return choose_tile_across(num_classes, itemsize, inner, rows_adjoin=rows_adjoin, backward=backward, warp=warp)
     aligned = rows_aligned and num_classes % vec == 0
     # Of a few accesses most are ends: all are then written class by class, and read so.
-    heads = head_aligned and not aligned and not (ends_written and num_classes <= 4 * vec)
+    heads = head_aligned and not aligned and not (backward and num_classes <= 4 * vec)
     places = num_classes + (vec - 1 if heads else 0)
     if places * itemsize <= SHORT_ROW:
         # A warp a program, and few threads a row: what every thread of a row does, its merge and the loading of its
@@ -145,6 +144,31 @@ def choose_tile(
     lanes = 512 * warps // wide // vec
     heads = head_aligned and not rows_aligned
     return Tile(rows=1, lanes=lanes, vec=vec, align=vec if head_aligned else 1, warps=warps, heads=heads, long=True)
+
+
+def choose_tile_across(
+    num_classes: int, itemsize: int, inner: int, *, rows_adjoin: bool, backward: bool, warp: int
+) -> Tile:
+    """The tile where neighbours in memory are rows; see :func:`choose_tile`."""
+    vec = 16 // itemsize
+    if rows_adjoin:
+        # A thread takes as many rows as an access holds, but for half precision on AMD GPUs, where the masks of so many
+        # run out of scalar registers.
+        few = warp == 64 and itemsize < 4
+        warps = 256 // warp if few else 128 // warp
+        return Tile(rows=128 * vec, lanes=1, vec=2 if few else 4, align=1, warps=warps, across=True)
+    if inner < warp:
+        return Tile(rows=128, lanes=1, vec=4, align=1, warps=128 // warp, across=True)
+    # A thread takes a few rows of a plane, a warp's length apart, from one address: many classes of them at once
+    # forward, and backward, where it has the state of more rows, few. Most of its places should be rows.
+    a_thread, vec = (4, 2) if backward else (2, 8)
+    if itemsize > 4:
+        a_thread, vec = (2, 2) if backward else (2, 4)
+    vec = min(vec, next_power_of_two(num_classes))
+    rows = a_thread * warp * 4
+    while rows > warp and -(-inner // rows) * rows > 1.25 * inner:
+        rows //= 2
+    return Tile(rows=rows, lanes=1, vec=vec, align=1, warps=max(1, rows // (a_thread * warp)), across=True, plane=True)
 
 
 def choose_splits(num_rows: int, tiles: int, multiprocessors: int) -> int:

@@ -22,13 +22,14 @@ import triton.language as tl
 from cot_kernels.backends.triton.tiles import (
     FLOOR,
     LOG2E,
+    base_across,
     by_row,
     first_classes,
     hint,
     is_interior,
     is_target,
+    load_across,
     load_pieces,
-    load_rows,
     misalignment,
     row_pointers,
     step_back,
@@ -52,20 +53,20 @@ def finite(y):
 
 
 @triton.jit
-def fold(z, shift, total, moment):
-    """Folds a tile z [ROWS, LANES, VEC] into the running statistics [ROWS, LANES].
+def fold(z, shift, total, moment, axis: tl.constexpr):
+    """Folds a tile z into the running statistics, along an axis that they do not have.
 
     What is carried is the shift m log2 e as it was rounded, and not m: the compiler would contract m log2 e - shift to
     one multiply-add, whose product is not rounded. The gap of equal maxima would be that rounding instead of 0, once
     a tile, and of lanes that are still at the floor 6e21, with 0 * inf behind it.
     """
-    raised = tl.maximum(shift, tl.max(z, 2) * LOG2E)
-    y = finite(z * LOG2E - raised[:, :, None])
+    raised = tl.maximum(shift, tl.max(z, axis) * LOG2E)
+    y = finite(z * LOG2E - tl.expand_dims(raised, axis))
     weight = tl.exp2(y)
     gap = shift - raised
     rescale = tl.exp2(gap)
-    moment = rescale * (moment + gap * total) + tl.sum(weight * y, 2)
-    return raised, rescale * total + tl.sum(weight, 2), moment
+    moment = rescale * (moment + gap * total) + tl.sum(weight * y, axis)
+    return raised, rescale * total + tl.sum(weight, axis), moment
 
 
 @triton.jit
@@ -99,7 +100,7 @@ def read_row(
             z = tl.load(pointers, mask=touched, other=0.0, eviction_policy=EVICTION)
             kept = of_row(tl.full([1], -start, tl.int32), tl.full([1], target, tl.int32), num_classes, 1, BLOCK, VEC)
             z = tl.where(tl.reshape(kept, [BLOCK]), widen(z, dtype), -float("inf"))
-        shift, total, moment = fold(tl.reshape(z, [1, LANES, VEC]), shift, total, moment)
+        shift, total, moment = fold(tl.reshape(z, [1, LANES, VEC]), shift, total, moment, 2)
     return merge(shift, total, moment, 1)
 
 
@@ -186,30 +187,31 @@ def read_side_by_side(
     base,
     target,
     inside,
+    whole,
     wanted,
     num_classes,
     stride_k,
+    stride_d,
     dtype: tl.constexpr,
     ROWS: tl.constexpr,
     VEC: tl.constexpr,
+    PLANE: tl.constexpr,
 ):
     """(m, s, t) of ROWS rows, of which each thread reads its own, class after class.
 
-    One access may read several rows, whichever of them are wanted.
+    One access may read several rows, whichever of them are wanted: of the others nothing may show, be it NaN.
     """
-    shift = tl.full([ROWS, 1], FLOOR, dtype)
-    total = tl.zeros([ROWS, 1], dtype)
-    moment = tl.zeros([ROWS, 1], dtype)
-    head = first_classes(base, ROWS, VEC, False)
+    shift = tl.full([ROWS], FLOOR, dtype)
+    total = tl.zeros([ROWS], dtype)
+    moment = tl.zeros([ROWS], dtype)
+    floor: tl.constexpr = -float("inf")
     for start in range(0, num_classes, VEC):
-        z, classes, _ = load_rows(
-            base, head, start, inside, num_classes, stride_k, VEC, VEC, 1, False, False, -float("inf"), 0.0
-        )
-        kept = classes != by_row(target)
-        kept &= by_row(wanted)
-        z = tl.where(kept, widen(z, dtype), -float("inf"))
-        shift, total, moment = fold(tl.reshape(z, [ROWS, 1, VEC]), shift, total, moment)
-    return merge(shift, total, moment, 1)
+        z = load_across(base, inside, whole, start, num_classes, stride_k, stride_d, VEC, ROWS, PLANE, floor)
+        base += stride_k.to(tl.int64) * VEC
+        other = tl.arange(0, VEC)[:, None] != (target - start)[None, :]
+        z = tl.where(other, widen(z, dtype), -float("inf"))
+        shift, total, moment = fold(z, shift, total, moment, 0)
+    return tl.where(wanted, shift, FLOOR), total, moment
 
 
 @triton.jit
@@ -258,6 +260,8 @@ def read_one(
 def read_several(
     logits_pointer,
     rows,
+    plane,
+    before,
     target,
     wanted,
     num_rows,
@@ -268,6 +272,7 @@ def read_several(
     stride_d,
     dtype: tl.constexpr,
     ACROSS: tl.constexpr,
+    PLANE: tl.constexpr,
     PIECES: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
@@ -276,12 +281,14 @@ def read_several(
     HEADS: tl.constexpr,
 ):
     """(m, s, t) of ROWS short rows."""
-    base = row_pointers(logits_pointer, rows, inner, hint(stride_n, ALIGN), stride_d)
     if ACROSS:
+        base = base_across(logits_pointer, rows, plane, before, inner, stride_n, stride_d, PLANE)
         shift, total, moment = read_side_by_side(
-            base, target, rows < num_rows, wanted, num_classes, stride_k, dtype, ROWS, VEC
-        )
+            base, target, rows < num_rows, before + ROWS <= inner, wanted, num_classes, stride_k, stride_d,
+            dtype, ROWS, VEC, PLANE,
+        )  # fmt: skip
     else:
+        base = row_pointers(logits_pointer, rows, inner, hint(stride_n, ALIGN), stride_d)
         shift, total, moment = read_whole_rows(
             base, target, wanted, num_classes, dtype, PIECES, ROWS, LANES * VEC, VEC, ALIGN, HEADS
         )

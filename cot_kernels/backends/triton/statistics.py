@@ -19,6 +19,7 @@ from cot_kernels.backends.triton.tiles import (
     load_targets,
     misalignment,
     row_pointers,
+    rows_across,
     step_back,
 )
 
@@ -117,6 +118,7 @@ def statistics_kernel(
     REDUCES: tl.constexpr,
     LONG: tl.constexpr,
     ACROSS: tl.constexpr,
+    PLANE: tl.constexpr,
     ROWS: tl.constexpr,
     TURNS: tl.constexpr,
     PIECES: tl.constexpr,
@@ -134,7 +136,7 @@ def statistics_kernel(
     num_rows = tl.cast(num_rows, tl.int64)  # 5 N entries of state pass 2^31
     dtype: tl.constexpr = tl.float64 if logits_pointer.dtype.element_ty == tl.float64 else tl.float32
     if TURNS == 1:
-        rows = block * ROWS + tl.arange(0, ROWS)
+        rows, plane, before = rows_across(block, num_rows, inner, ROWS, PLANE)
         target, wanted, stray = load_targets(target_pointer, rows, num_rows, num_classes, ignore_index)
         if ROWS == 1:
             shift, total, moment = read_one(
@@ -143,8 +145,8 @@ def statistics_kernel(
             )  # fmt: skip
         else:
             shift, total, moment = read_several(
-                logits_pointer, rows, target, wanted, num_rows, num_classes, inner, stride_n, stride_k, stride_d,
-                dtype, ACROSS, PIECES, ROWS, LANES, VEC, ALIGN, HEADS,
+                logits_pointer, rows, plane, before, target, wanted, num_rows, num_classes, inner,
+                stride_n, stride_k, stride_d, dtype, ACROSS, PLANE, PIECES, ROWS, LANES, VEC, ALIGN, HEADS,
             )  # fmt: skip
         target_logit = load_target_logits(
             logits_pointer, rows, target, wanted, inner, stride_n, stride_k, stride_d, dtype
@@ -171,8 +173,8 @@ def statistics_kernel(
                 some = first + turn * ROWS + tl.arange(0, ROWS)
                 some_targets, asked, _ = load_targets(target_pointer, some, num_rows, num_classes, ignore_index)
                 shift, total, moment = read_several(
-                    logits_pointer, some, some_targets, asked, num_rows, num_classes, inner, stride_n, stride_k,
-                    stride_d, dtype, ACROSS, PIECES, ROWS, LANES, VEC, ALIGN, HEADS,
+                    logits_pointer, some, 0, 0, some_targets, asked, num_rows, num_classes, inner,
+                    stride_n, stride_k, stride_d, dtype, ACROSS, PLANE, PIECES, ROWS, LANES, VEC, ALIGN, HEADS,
                 )  # fmt: skip
             here = (tl.arange(0, TURNS) == turn)[:, None]
             shifts = tl.where(here, shift[None, :], shifts)

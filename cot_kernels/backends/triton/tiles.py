@@ -117,6 +117,67 @@ def is_target(target, ROWS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr
     return tl.reshape(at[:, :, None] == tl.arange(0, VEC)[None, None, :], [ROWS, WIDTH])
 
 
+# Rows that lie side by side: classes are the first dimension of a tile, [VEC, ROWS], for along the last one Triton lays
+# out the threads of a warp where it knows of no order. The rows of a program are any, or with PLANE of one n: they then
+# begin at equal distances, and a thread finds several of them from one address.
+
+
+@triton.jit
+def rows_across(block, num_rows, inner, ROWS: tl.constexpr, PLANE: tl.constexpr):
+    """The rows of a program, [ROWS] (``num_rows`` for those that there are not); with PLANE its plane, and how many
+    rows of that come before."""
+    if PLANE:
+        shares = tl.cdiv(inner, ROWS)
+        plane = block // shares
+        before = (block - plane * shares) * ROWS
+        place = before + tl.arange(0, ROWS)
+        rows = tl.where(place < inner, plane * inner + place, num_rows)
+    else:
+        rows, plane, before = block * ROWS + tl.arange(0, ROWS), 0, 0
+    return rows, plane, before
+
+
+@triton.jit
+def base_across(pointer, rows, plane, before, inner, stride_n, stride_d, PLANE: tl.constexpr):
+    """The first class of the rows, [ROWS]; with PLANE that of the first one."""
+    if PLANE:
+        base = pointer + plane * stride_n + before * stride_d
+    else:
+        base = row_pointers(pointer, rows, inner, stride_n, stride_d)
+    return base
+
+
+@triton.jit
+def pointers_across(base, stride_k, stride_d, VEC: tl.constexpr, ROWS: tl.constexpr, PLANE: tl.constexpr):
+    """Of VEC classes of the rows, from those at ``base`` on, [VEC, ROWS]."""
+    classes = tl.arange(0, VEC)[:, None].to(tl.int64) * stride_k
+    return (base + classes) + (tl.arange(0, ROWS) * stride_d)[None, :] if PLANE else base[None, :] + classes
+
+
+@triton.jit
+def load_across(
+    base,
+    inside,
+    whole,
+    start,
+    num_classes,
+    stride_k,
+    stride_d,
+    VEC: tl.constexpr,
+    ROWS: tl.constexpr,
+    PLANE: tl.constexpr,
+    OTHER: tl.constexpr,
+):
+    """VEC classes of the rows, from ``start`` on, at ``base``. With PLANE, most tiles are whole and need no mask."""
+    pointers = pointers_across(base, stride_k, stride_d, VEC, ROWS, PLANE)
+    if PLANE and whole & (start + VEC <= num_classes):
+        z = tl.load(pointers)
+    else:
+        mask = inside[None, :] & (start + tl.arange(0, VEC) < num_classes)[:, None]
+        z = tl.load(pointers, mask=mask, other=OTHER)
+    return z
+
+
 @triton.jit
 def load_rows(
     base,
@@ -124,7 +185,6 @@ def load_rows(
     start,
     wanted,
     num_classes,
-    stride_k,
     WIDTH: tl.constexpr,
     VEC: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -133,8 +193,7 @@ def load_rows(
     OTHER: tl.constexpr,
     UNREAD: tl.constexpr,
 ):
-    """A tile of several rows, from their place ``start`` on: logits [ROWS, WIDTH], their classes, and which of those
-    there are.
+    """A tile of several rows, from their place ``start`` on: [ROWS, WIDTH].
 
     Rows that begin anywhere are read from the boundary before them, in whole accesses: an access that holds one class
     of the row is within its allocation, whatever else it holds. Of what lies outside of the row, accesses that are not
@@ -143,21 +202,17 @@ def load_rows(
     """
     places = start + tl.arange(0, WIDTH)[None, :]
     if HEADS:
-        classes = places - by_row(head)
-        within = classes.to(tl.uint32) < num_classes.to(tl.uint32)  # below 0 is huge
         access = places // VEC * VEC
         touched = (access + VEC > by_row(head)) & (access < by_row(head + num_classes))
         pointers = by_row(step_back(base, head, VEC)) + places
     else:
-        classes = places
-        within = classes < hint(num_classes, ALIGN)
-        touched = within
-        pointers = by_row(base) + classes.to(tl.int64) * stride_k
+        touched = places < hint(num_classes, ALIGN)
+        pointers = by_row(base) + places.to(tl.int64)
     if FULL:
         z = tl.load(pointers, mask=by_row(wanted), other=UNREAD)
     else:
         z = tl.load(pointers, mask=by_row(wanted) & touched, other=OTHER)
-    return z, classes, within
+    return z
 
 
 # A row that is whole in its program's tile is read in PIECES, [ROWS, WIDTH] each, of which its threads have an access:
@@ -183,8 +238,8 @@ def load_pieces(
     """The logits of several whole rows."""
     pieces = ()
     for piece in tl.static_range(PIECES):
-        z, _, _ = load_rows(
-            base, head, piece * WIDTH, wanted, num_classes, 1, WIDTH, VEC, ALIGN, HEADS,
+        z = load_rows(
+            base, head, piece * WIDTH, wanted, num_classes, WIDTH, VEC, ALIGN, HEADS,
             piece + 1 < PIECES, OTHER, UNREAD,
         )  # fmt: skip
         pieces += (z,)  # type: ignore[assignment]
