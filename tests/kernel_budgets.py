@@ -27,8 +27,8 @@ NVIDIA = {
         "short, sliced": Budget(11.5, 270, 99, 25),
         "long": Budget(9.5, 430, 64, 32),
         "long, odd": Budget(9.5, 390, 64, 32),
-        "class-major": Budget(14.5, 1540, 127, 32),
-        "class-major, odd": Budget(39.5, 430, 64, 8),
+        "class-major": Budget(13, 1490, 128, 32),
+        "class-major, odd": Budget(15, 560, 57, 40),
     },
     "split": {
         "long": Budget(9.5, 250, 48, 40),
@@ -43,8 +43,8 @@ NVIDIA = {
         "short, sliced": Budget(14, 140, 117, 34),
         "long": Budget(10, 180, 64, 32),
         "long, odd": Budget(10, 180, 64, 32),
-        "class-major": Budget(16, 440, 127, 16),
-        "class-major, odd": Budget(26, 350, 72, 3),
+        "class-major": Budget(16, 470, 128, 24),
+        "class-major, odd": Budget(19.5, 450, 64, 16),
     },
     "value_and_gradient": {
         "tiny": Budget(61.5, 0, 211, 10),
@@ -67,8 +67,8 @@ AMD = {
         "short, sliced": Budget(17, 240, 61, 128),
         "long": Budget(12.5, 460, 42, 32),
         "long, odd": Budget(12.5, 410, 42, 32),
-        "class-major": Budget(54, 570, 81, 20),
-        "class-major, odd": Budget(44, 370, 40, 8),
+        "class-major": Budget(55, 810, 75, 24),
+        "class-major, odd": Budget(15.5, 490, 66, 64),
     },
     "split": {
         "long": Budget(12.5, 340, 34, 32),
@@ -83,8 +83,8 @@ AMD = {
         "short, sliced": Budget(24, 90, 69, 112),
         "long": Budget(19, 210, 64, 32),
         "long, odd": Budget(19, 210, 64, 32),
-        "class-major": Budget(18, 330, 67, 28),
-        "class-major, odd": Budget(29, 240, 34, 8),
+        "class-major": Budget(20.5, 360, 64, 32),
+        "class-major, odd": Budget(25.5, 440, 64, 32),
     },
     "value_and_gradient": {
         "tiny": Budget(52, 0, 70, 64),
