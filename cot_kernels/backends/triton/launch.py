@@ -152,11 +152,10 @@ def choose_tile_across(
     """The tile where neighbours in memory are rows; see :func:`choose_tile`."""
     vec = 16 // itemsize
     if rows_adjoin:
-        # A thread takes as many rows as an access holds, but for half precision on AMD GPUs, where the masks of so many
-        # run out of scalar registers.
-        few = warp == 64 and itemsize < 4
-        warps = 256 // warp if few else 128 // warp
-        return Tile(rows=128 * vec, lanes=1, vec=2 if few else 4, align=1, warps=warps, across=True)
+        # A thread takes as many rows as an access holds. With four classes at once the masks of half precision run out
+        # of AMD's scalar registers.
+        classes = 2 if warp == 64 and itemsize < 4 else 4
+        return Tile(rows=128 * vec, lanes=1, vec=classes, align=1, warps=128 // warp, across=True)
     if inner < warp:
         return Tile(rows=128, lanes=1, vec=4, align=1, warps=128 // warp, across=True)
     # A thread takes a few rows of a plane, a warp's length apart, from one address: many classes of them at once
