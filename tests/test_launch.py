@@ -237,6 +237,25 @@ def test_rows_side_by_side(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rows", [7, 33, 70, 128, 1000])
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_transposed_matrix_is_one_plane(step: int, rows: int) -> None:
+    """Or every other row of one, whose neighbours are apart."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    classes = 11
+    logits = torch.randn(classes, rows * step, generator=torch.Generator().manual_seed(0)).to(device)[:, ::step].t()
+    target = torch.arange(rows, device=device) % classes
+    target[::5] = -100
+    assert _tile(logits).plane == (rows >= 32 and (step == 2 or rows % 16 != 0))
+    exact = logits.double().cpu().requires_grad_()
+    complement_cross_entropy(exact, target.cpu(), gamma=-0.7, normalization="none", reduction="sum").backward()
+    loss, saved = backend.loss(logits, target, -100, CrossEntropyObjective(1.0, 0.7), "none")
+    gradient = backend.gradient(logits, saved, torch.ones((), device=device))
+    assert exact.grad is not None and not loss[0, ::5].any()
+    torch.testing.assert_close(gradient.double().cpu(), exact.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("classes", [1025, 4097, 5001])
 @pytest.mark.parametrize("stride", [0, 3])
 def test_long_rows_that_begin_anywhere_and_are_not_split(classes: int, stride: int) -> None:

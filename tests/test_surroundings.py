@@ -201,6 +201,27 @@ def test_rows_far_apart(classes: int, device: torch.device) -> None:
     torch.testing.assert_close(gradient(loss, leaf), gradient(expected, dense), rtol=1e-2, atol=1e-8)
 
 
+@pytest.mark.parametrize("apart", ["planes", "classes", "rows"])
+def test_rows_side_by_side_far_apart(apart: str, device: torch.device) -> None:
+    """The last place beyond 2^31 elements by any of the three strides."""
+    shape, strides = (2, 3, 32), [17, 5, 67]
+    dim = ["planes", "classes", "rows"].index(apart)
+    strides[dim] = 2**31 // (shape[dim] - 1) + 64
+    size = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    if device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < 3 * size:
+        pytest.skip(f"needs {3 * size / 2**30:.0f} GiB of GPU memory")
+    logits = torch.empty(size, dtype=torch.bfloat16, device=device).as_strided(shape, strides)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits.copy_(values)
+    target = torch.arange(2 * 32, device=device).view(2, 32) % 3
+    leaf = logits.requires_grad_()
+    loss = cot_kernels.complement_entropy(leaf, target)
+    dense = values.to(device).requires_grad_()
+    expected = cot_kernels.complement_entropy(dense, target)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient(loss, leaf), gradient(expected, dense), rtol=1e-2, atol=1e-8)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
 @pytest.mark.parametrize("classes", [100, 50257])

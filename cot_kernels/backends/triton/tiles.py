@@ -151,7 +151,8 @@ def base_across(pointer, rows, plane, before, inner, stride_n, stride_d, PLANE: 
 def pointers_across(base, stride_k, stride_d, VEC: tl.constexpr, ROWS: tl.constexpr, PLANE: tl.constexpr):
     """Of VEC classes of the rows, from those at ``base`` on, [VEC, ROWS]."""
     classes = tl.arange(0, VEC)[:, None].to(tl.int64) * stride_k
-    return (base + classes) + (tl.arange(0, ROWS) * stride_d)[None, :] if PLANE else base[None, :] + classes
+    rows = (tl.arange(0, ROWS).to(tl.int64) * stride_d)[None, :]
+    return (base + classes) + rows if PLANE else base[None, :] + classes
 
 
 @triton.jit
