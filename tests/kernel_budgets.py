@@ -27,8 +27,8 @@ NVIDIA = {
         "short, sliced": Budget(11.5, 270, 99, 25),
         "long": Budget(9.5, 430, 64, 32),
         "long, odd": Budget(9.5, 390, 64, 32),
-        "class-major": Budget(13, 1490, 128, 32),
-        "class-major, odd": Budget(15, 560, 57, 40),
+        "class-major": Budget(13, 1470, 122, 32),
+        "class-major, odd": Budget(15, 550, 55, 40),
     },
     "split": {
         "long": Budget(9.5, 250, 48, 40),
@@ -67,8 +67,8 @@ AMD = {
         "short, sliced": Budget(17, 240, 61, 128),
         "long": Budget(12.5, 460, 42, 32),
         "long, odd": Budget(12.5, 410, 42, 32),
-        "class-major": Budget(55, 810, 75, 24),
-        "class-major, odd": Budget(15.5, 490, 66, 64),
+        "class-major": Budget(16.5, 1080, 72, 56),
+        "class-major, odd": Budget(15.5, 480, 62, 64),
     },
     "split": {
         "long": Budget(12.5, 340, 34, 32),
@@ -83,7 +83,7 @@ AMD = {
         "short, sliced": Budget(24, 90, 69, 112),
         "long": Budget(19, 210, 64, 32),
         "long, odd": Budget(19, 210, 64, 32),
-        "class-major": Budget(20.5, 360, 64, 32),
+        "class-major": Budget(20.5, 450, 84, 40),
         "class-major, odd": Budget(25.5, 440, 64, 32),
     },
     "value_and_gradient": {

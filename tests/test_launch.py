@@ -66,6 +66,7 @@ def test_rows_that_begin_anywhere(num_classes: int, dtype: torch.dtype) -> None:
         assert exact.grad is not None
         loss, saved = backend.loss(logits, target, -100, objective, "none")
         gradients = [backend.gradient(logits, saved, torch.ones((), device=device))]
+        assert backend._begin(gradients[0]) == backend._begin(logits)
         if offset == 1:  # one that begins elsewhere, as compilers have it
             elsewhere = torch.empty_like(logits)
             gradients.append(backend.gradient(logits, saved, torch.ones((), device=device), elsewhere))
