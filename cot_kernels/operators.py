@@ -136,7 +136,7 @@ def _(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor
 @row_loss_gradient.register_fake
 @row_statistics_gradient.register_fake
 def _(logits: Tensor, *_: Any) -> Tensor:
-    return autograd.backend_for(logits).gradient_like(logits)  # type: ignore[no-any-return]
+    return torch.empty_like(logits)
 
 
 # Derivatives. Those of the gradients are left to PyTorch: they are asked for rarely, and to any order. The rules are

@@ -107,6 +107,24 @@ def test_a_slice_of_padded_rows_by_inductor(first: int, dynamic: bool, device: t
     torch.testing.assert_close(compiled, both(step, wide, target), rtol=1e-6, atol=1e-7)
 
 
+@on_both_backends
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_slice_of_as_many_rows_as_data_tell(backend: str, device: torch.device) -> None:
+    wide, target = (each.to(device) for each in problem(20, 40))
+    keep = target % 2 == 0
+
+    def step(wide: Tensor, target: Tensor) -> Tensor:
+        rows = keep.nonzero()[:, 0]
+        return cot_kernels.complement_cross_entropy(wide[rows][:, :31], target[rows] % 31)
+
+    with (
+        torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True),
+        torch._inductor.config.patch(force_disable_caches=True),
+    ):
+        compiled = both(torch.compile(step, fullgraph=True, backend=backend), wide, target)
+    torch.testing.assert_close(compiled, both(step, wide, target), rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_transposed_trailing_dimensions_under_the_compiler(dynamic: bool) -> None:
     logits, target = problem(2, 7, 5, 6)

@@ -125,29 +125,27 @@ def test_long_rows_need_equal_heads_in_logits_and_gradient() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("classes", [1, 5, 1000, 1001, 50257])
 def test_a_gradient_begins_as_far_from_a_boundary_as_its_logits(classes: int, dtype: torch.dtype) -> None:
-    """With less than an access to a row that is not its own; for a compiler it begins on a boundary."""
+    """With less than an access to a row that is not its own."""
     per_access = 16 // dtype.itemsize
     for stride in (0, *range(classes, classes + 2 * per_access)):
         for offset in (0, 1, per_access - 1, per_access):
             logits = matrix(classes, dtype, max(stride, 1), offset) if stride else matrix(classes, dtype).expand(4, -1)
-            gradient = backend.gradient_like(logits, backend._begin(logits))
+            gradient = backend.gradient_like(logits)
             assert gradient.shape == logits.shape and gradient.stride(1) == 1
             assert _tile(logits, gradient).align == _tile(logits).align
             assert _tile(logits, gradient).heads == _tile(logits).heads or classes <= 4 * per_access
             assert classes <= gradient.stride(0) < classes + per_access
             assert gradient.untyped_storage().nbytes() <= 16 + 4 * gradient.stride(0) * dtype.itemsize
-            on_boundary = backend.gradient_like(logits)
-            assert on_boundary.storage_offset() == 0 and on_boundary.stride() == gradient.stride()
 
 
 def test_a_gradient_lies_as_dense_logits_do() -> None:
-    wide, tokens, single = torch.zeros(4, 6, 10), torch.zeros(6, 4, 10), torch.zeros(1, 10, 1)
+    wide, tokens, single = torch.zeros(4, 6, 30), torch.zeros(6, 4, 30), torch.zeros(1, 30, 1)
     for logits in (
         wide[0],
         wide.movedim(2, 1),
         tokens.permute(1, 2, 0),
         single,
-        single.as_strided((1, 10, 1), (3, 1, 7)),
+        single.as_strided((1, 30, 1), (3, 1, 7)),
         wide.movedim(2, 0),
         wide[:, :0].movedim(2, 1),
         wide[:0].movedim(2, 1),
@@ -158,8 +156,8 @@ def test_a_gradient_lies_as_dense_logits_do() -> None:
             torch.empty_like(logits).stride(), gradient.stride(), logits.shape, strict=True
         ):
             assert expected == stride or size == 1, logits.stride()
-    sliced = tokens[:, :, :5].permute(1, 2, 0)  # (4, 5, 6), rows of 5 classes, 40 apart where the batch goes on
-    assert backend.gradient_like(sliced).stride() == (6, 1, 24)
+    sliced = tokens[:, :, :21].permute(1, 2, 0)  # (4, 21, 6), rows 30 apart, and 120 where the batch goes on
+    assert backend.gradient_like(sliced).stride() == (22, 1, 88)
 
 
 def test_rows_are_padded_as_far_as_their_storage_goes() -> None:
@@ -235,6 +233,23 @@ def test_rows_side_by_side(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert not gradient[:, :, ::5].any()
     error = (gradient.double().cpu() - exact.grad).norm() / exact.grad.norm()
     assert error <= {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 8e-3}[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(5, 20), (40, 20), (2, 3, 20), (2, 40, 20)])
+@pytest.mark.parametrize("step", [0, 2])
+def test_classes_apart_beside_a_gradient_whose_classes_adjoin(step: int, shape: tuple[int, ...]) -> None:
+    """Every other class, or one for all: a gradient is dense, and its stride of 1 is a constant to the compiler."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    wide = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    logits = (wide[..., ::2] if step else wide[..., :1].expand(*shape[:-1], 10)).movedim(-1, 1)
+    target = torch.arange(wide.shape[:-1].numel(), device=device).view(wide.shape[:-1]) % 10
+    exact = logits.double().cpu().requires_grad_()
+    complement_cross_entropy(exact, target.cpu(), gamma=-0.7, normalization="none", reduction="sum").backward()
+    _, saved = backend.loss(logits, target, -100, CrossEntropyObjective(1.0, 0.7), "sum")
+    gradient = backend.gradient(logits, saved, torch.ones((), device=device))
+    assert exact.grad is not None and _tile(logits, gradient).across
+    torch.testing.assert_close(gradient.double().cpu(), exact.grad, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu

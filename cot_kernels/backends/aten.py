@@ -172,7 +172,7 @@ def _coefficients(total: Tensor, mean: Tensor, f_target: Tensor, f_lse: Tensor, 
 
 
 def _gradient(logits: Tensor, index: Tensor, ignored: Tensor | None, shift: Tensor, coefficients: Tensor) -> Tensor:
-    grad = gradient_like(logits)
+    grad = torch.empty_like(logits)
     dtype = shift.dtype
     converts = logits.dtype != dtype
     per_row = [index, shift, *coefficients.unbind()] + ([] if ignored is None else [ignored])
@@ -262,7 +262,6 @@ def statistics_gradient(
 # The same by rows, for the registered operators: what is handed on is one tensor, whose shape follows from that of the
 # target alone. So targets are read again.
 
-gradient_like = torch.empty_like
 LOSS_STATE = 4  # m, A, B, f_g
 STATISTICS_STATE = 3  # m, s, t / s
 

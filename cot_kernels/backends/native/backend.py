@@ -113,7 +113,7 @@ def gradient(logits: Tensor, saved: Saved, upstream: Tensor) -> Tensor:
             f"{target.dtype}, {state.dtype}, {upstream.dtype}: hooks on saved tensors must give back what they got"
         )
     logits, upstream, state = logits.resolve_neg(), upstream.resolve_neg(), state.contiguous()
-    grad = gradient_like(logits)
+    grad = torch.empty_like(logits)
     _rows.gradient(
         *_rows_of(logits, target, _NO_CLASS),
         state.data_ptr(),
@@ -178,7 +178,6 @@ def value_and_gradient(
 # The same by rows, for the registered operators: what is handed on is one tensor, whose shape follows from that of the
 # target alone.
 
-gradient_like = torch.empty_like
 LOSS_STATE = 4  # m, A, B, f_g
 STATISTICS_STATE = 3  # m, s, t / s
 

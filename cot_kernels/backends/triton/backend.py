@@ -63,23 +63,20 @@ def _begin(tensor: Tensor) -> int:
     return tensor.data_ptr() % 16 // tensor.itemsize
 
 
-def gradient_like(logits: Tensor, begin: int = 0) -> Tensor:
-    """Memory for a gradient, ``begin`` numbers after a 16-byte boundary.
+def gradient_like(logits: Tensor) -> Tensor:
+    """Memory for a gradient, of which all rows begin as far from a 16-byte boundary as those of the logits.
 
-    If that is where the logits begin, all its rows begin as far from one as theirs do, and can be written in the same
-    accesses that they are read in. So a slice of padded rows gets padded ones; dense logits get a gradient that lies as
-    they do.
+    They can so be written in the accesses that they are read in. A slice of padded rows gets padded ones; dense logits
+    get a gradient that lies as they do.
     """
+    per_access, begin = 16 // logits.itemsize, _begin(logits)
     if _strides(logits)[2] != 1 or (not begin and logits.is_contiguous()):
         return torch.empty_like(logits)
-    per_access = 16 // logits.itemsize
     strides, extent = list(logits.stride()), logits.shape[1]
     for dim in sorted((0, *range(2, logits.dim())), key=logits.stride):
         if logits.shape[dim] != 1:
             strides[dim] = extent + (logits.stride(dim) - extent) % per_access
             extent = strides[dim] * logits.shape[dim]
-    if not begin:
-        return torch.empty_strided(logits.shape, strides, dtype=logits.dtype, device=logits.device)
     return logits.new_empty(begin + extent).as_strided(logits.shape, strides, begin)
 
 
@@ -231,7 +228,7 @@ def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None
     assert target is not None and state is not None
     target, state = target.contiguous(), state.contiguous()  # hooks on saved tensors may have changed how they lie
     logits = logits.resolve_neg()
-    grad = gradient_like(logits, _begin(logits)) if grad is None else grad
+    grad = gradient_like(logits) if grad is None else grad
     if not grad.numel():
         return grad
     num_rows, num_classes = target.numel(), logits.shape[1]
@@ -367,7 +364,8 @@ def _value_then_gradient(
 
 
 # The same by rows, for the registered operators: what is handed on is one tensor, whose shape follows from that of the
-# target alone; and a gradient begins on a boundary, as compilers expect.
+# target alone; and a gradient has the strides that torch.empty_like gives it, which a compiler knows beforehand, with
+# any symbol for a size.
 
 LOSS_STATE = 5  # see statistics.finish
 STATISTICS_STATE = 3  # shift, log2 s, S
@@ -381,7 +379,7 @@ def row_loss(logits: Tensor, target: Tensor, ignore_index: int, objective: Objec
 
 
 def row_loss_gradient(logits: Tensor, target: Tensor, ignore_index: int, state: Tensor, upstream: Tensor) -> Tensor:
-    return gradient(logits, (target, state, None), upstream, gradient_like(logits))
+    return gradient(logits, (target, state, None), upstream, torch.empty_like(logits))
 
 
 def row_statistics(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -404,4 +402,4 @@ def row_statistics_gradient(
 ) -> Tensor:
     state = state.flatten(1)
     coefficients = _coefficients(state, state[2], d_target_logit, d_complement_lse, d_negentropy)
-    return gradient(logits, (target, coefficients, None), coefficients.new_ones(()), gradient_like(logits))
+    return gradient(logits, (target, coefficients, None), coefficients.new_ones(()), torch.empty_like(logits))

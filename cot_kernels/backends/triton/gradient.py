@@ -312,14 +312,14 @@ def gradient_kernel(
         for tile in range(first, last):
             start = tile * VEC
             grad_pointers = pointers_across(grad_base, grad_stride_k, grad_stride_d, VEC, ROWS, PLANE)
-            grad_base += grad_stride_k.to(tl.int64) * VEC
+            grad_base += tl.cast(grad_stride_k, tl.int64) * VEC
             if PLANE:
                 z, end = coming, tl.where(tile + 1 < last, num_classes, 0)
-                base += stride_k.to(tl.int64) * VEC
+                base += tl.cast(stride_k, tl.int64) * VEC
                 coming = load_across(base, inside, whole, start + VEC, end, stride_k, stride_d, VEC, ROWS, PLANE, 0.0)
             else:
                 z = load_across(base, inside, whole, start, num_classes, stride_k, stride_d, VEC, ROWS, PLANE, 0.0)
-                base += stride_k.to(tl.int64) * VEC
+                base += tl.cast(stride_k, tl.int64) * VEC
             grad = gradient_across(z, start, target, wanted, shift, log_total, slope, offset, at_target, VEC)
             grad = grad.to(grad_pointer.dtype.element_ty)
             if PLANE and whole & (start + VEC <= num_classes):

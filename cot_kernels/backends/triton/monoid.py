@@ -207,7 +207,7 @@ def read_side_by_side(
     floor: tl.constexpr = -float("inf")
     for start in range(0, num_classes, VEC):
         z = load_across(base, inside, whole, start, num_classes, stride_k, stride_d, VEC, ROWS, PLANE, floor)
-        base += stride_k.to(tl.int64) * VEC
+        base += tl.cast(stride_k, tl.int64) * VEC
         other = tl.arange(0, VEC)[:, None] != (target - start)[None, :]
         z = tl.where(other, widen(z, dtype), -float("inf"))
         shift, total, moment = fold(z, shift, total, moment, 0)
