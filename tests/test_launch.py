@@ -130,7 +130,7 @@ def test_a_gradient_begins_as_far_from_a_boundary_as_its_logits(classes: int, dt
     for stride in (0, *range(classes, classes + 2 * per_access)):
         for offset in (0, 1, per_access - 1, per_access):
             logits = matrix(classes, dtype, max(stride, 1), offset) if stride else matrix(classes, dtype).expand(4, -1)
-            gradient = backend.gradient_like(logits)
+            gradient = backend._gradient_like(logits)
             assert gradient.shape == logits.shape and gradient.stride(1) == 1
             assert _tile(logits, gradient).align == _tile(logits).align
             assert _tile(logits, gradient).heads == _tile(logits).heads or classes <= 4 * per_access
@@ -150,14 +150,14 @@ def test_a_gradient_lies_as_dense_logits_do() -> None:
         wide[:, :0].movedim(2, 1),
         wide[:0].movedim(2, 1),
     ):
-        gradient = backend.gradient_like(logits)
+        gradient = backend._gradient_like(logits)
         assert gradient.is_contiguous() == logits.is_contiguous()
         for expected, stride, size in zip(
             torch.empty_like(logits).stride(), gradient.stride(), logits.shape, strict=True
         ):
             assert expected == stride or size == 1, logits.stride()
     sliced = tokens[:, :, :21].permute(1, 2, 0)  # (4, 21, 6), rows 30 apart, and 120 where the batch goes on
-    assert backend.gradient_like(sliced).stride() == (22, 1, 88)
+    assert backend._gradient_like(sliced).stride() == (22, 1, 88)
 
 
 def test_rows_are_padded_as_far_as_their_storage_goes() -> None:

@@ -182,6 +182,17 @@ def test_processes() -> None:
     torch.testing.assert_close(torch.tensor(grad, dtype=logits.dtype), gradient(module(leaf, target), leaf))
 
 
+def equal_to_dense(logits: Tensor, target: Tensor) -> None:
+    """Loss and gradient of random values that lie as the logits do, and of the same that are dense."""
+    values = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    leaf = logits.copy_(values).requires_grad_()
+    loss = cot_kernels.complement_entropy(leaf, target)
+    dense = values.to(logits.device).requires_grad_()
+    expected = cot_kernels.complement_entropy(dense, target)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient(loss, leaf), gradient(expected, dense), rtol=1e-2, atol=1e-8)
+
+
 @pytest.mark.parametrize("classes", [5, 1500])
 def test_rows_far_apart(classes: int, device: torch.device) -> None:
     """A stride between rows beyond 2^31 elements; only the pages that are touched take memory."""
@@ -190,15 +201,7 @@ def test_rows_far_apart(classes: int, device: torch.device) -> None:
         pytest.skip(f"needs {12 * stride / 2**30:.0f} GiB of GPU memory")
     storage = torch.empty(2 * stride + classes, dtype=torch.bfloat16, device=device)
     logits = storage.as_strided((3, classes), (stride, 1))
-    values = torch.randn(3, classes, generator=torch.Generator().manual_seed(0)).bfloat16()
-    logits.copy_(values)
-    target = torch.arange(3, device=device)
-    leaf = logits.requires_grad_()
-    loss = cot_kernels.complement_entropy(leaf, target)
-    dense = values.to(device).requires_grad_()
-    expected = cot_kernels.complement_entropy(dense, target)
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(gradient(loss, leaf), gradient(expected, dense), rtol=1e-2, atol=1e-8)
+    equal_to_dense(logits, torch.arange(3, device=device))
 
 
 @pytest.mark.parametrize("apart", ["planes", "classes", "rows"])
@@ -211,15 +214,7 @@ def test_rows_side_by_side_far_apart(apart: str, device: torch.device) -> None:
     if device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < 3 * size:
         pytest.skip(f"needs {3 * size / 2**30:.0f} GiB of GPU memory")
     logits = torch.empty(size, dtype=torch.bfloat16, device=device).as_strided(shape, strides)
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-    logits.copy_(values)
-    target = torch.arange(2 * 32, device=device).view(2, 32) % 3
-    leaf = logits.requires_grad_()
-    loss = cot_kernels.complement_entropy(leaf, target)
-    dense = values.to(device).requires_grad_()
-    expected = cot_kernels.complement_entropy(dense, target)
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(gradient(loss, leaf), gradient(expected, dense), rtol=1e-2, atol=1e-8)
+    equal_to_dense(logits, torch.arange(2 * 32, device=device).view(2, 32) % 3)
 
 
 @pytest.mark.gpu

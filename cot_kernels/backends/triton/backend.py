@@ -63,15 +63,16 @@ def _begin(tensor: Tensor) -> int:
     return tensor.data_ptr() % 16 // tensor.itemsize
 
 
-def gradient_like(logits: Tensor) -> Tensor:
+def _gradient_like(logits: Tensor) -> Tensor:
     """Memory for a gradient, of which all rows begin as far from a 16-byte boundary as those of the logits.
 
     They can so be written in the accesses that they are read in. A slice of padded rows gets padded ones; dense logits
     get a gradient that lies as they do.
     """
-    per_access, begin = 16 // logits.itemsize, _begin(logits)
-    if _strides(logits)[2] != 1 or (not begin and logits.is_contiguous()):
+    begin = _begin(logits)
+    if (logits.is_contiguous() and not begin) or _strides(logits)[2] != 1:
         return torch.empty_like(logits)
+    per_access = 16 // logits.itemsize
     strides, extent = list(logits.stride()), logits.shape[1]
     for dim in sorted((0, *range(2, logits.dim())), key=logits.stride):
         if logits.shape[dim] != 1:
@@ -228,7 +229,7 @@ def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None
     assert target is not None and state is not None
     target, state = target.contiguous(), state.contiguous()  # hooks on saved tensors may have changed how they lie
     logits = logits.resolve_neg()
-    grad = gradient_like(logits) if grad is None else grad
+    grad = _gradient_like(logits) if grad is None else grad
     if not grad.numel():
         return grad
     num_rows, num_classes = target.numel(), logits.shape[1]

@@ -158,8 +158,8 @@ def choose_tile_across(
         return Tile(rows=128 * vec, lanes=1, vec=classes, align=1, warps=128 // warp, across=True)
     if inner < warp:
         return Tile(rows=128, lanes=1, vec=4, align=1, warps=128 // warp, across=True)
-    # A thread takes a few rows of a plane, a warp's length apart, from one address: many classes of them at once
-    # forward, and backward, where it has the state of more rows, few. Most of its places should be rows.
+    # A thread takes a few rows of a plane, as far apart as there are threads, from one address: many classes of them at
+    # once forward, and backward, where it has the state of more rows, few. Most of its places should be rows.
     a_thread, vec = (4, 2) if backward else (2, 8)
     if itemsize > 4:
         a_thread, vec = (2, 2) if backward else (2, 4)
