@@ -67,6 +67,11 @@ with contextlib.suppress(ImportError):
 COUNTED = "random cases"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first: two processes share what remains evenly when it is short."""
+    items.sort(key=lambda item: item.path.name != "test_emulated_kernels.py")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
     """Counts the cases of a test of hypothesis, which runs its inner test once a case."""
