@@ -17,6 +17,8 @@ from cot_kernels.backends.native import backend as native
 
 ROOT = Path(__file__).parents[1]
 _CPU = torch.device("cpu")
+# Other packages whose losses are measured where they are installed.
+PEERS = ("liger-kernel", "quack-kernels", "cut-cross-entropy")
 
 
 def environment(threads: int, device: torch.device = _CPU) -> dict[str, str | int]:
@@ -30,6 +32,7 @@ def environment(threads: int, device: torch.device = _CPU) -> dict[str, str | in
         "threads": threads,
         "torch": torch.__version__,
         "triton": _version("triton"),
+        **{peer: version for peer in PEERS if (version := _version(peer))},
         "python": platform.python_version(),
         "commit": _first_line("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"),
         "date": time.strftime("%Y-%m-%d"),
