@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from cot_kernels.backends.triton import backend, launch
+from cot_kernels.backends.triton.prepared import Plans
 from cot_kernels.objectives import (
     ComplementEntropyObjective,
     CrossEntropyObjective,
@@ -221,7 +222,7 @@ def launches(case: Case) -> list[Launch]:
     found: list[Launch] = []
     replaced: dict[str, Any] = {name: _Compiling(getattr(backend, name), found) for name in KERNELS}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.multiple(backend, **replaced))
+        stack.enter_context(mock.patch.multiple(backend, forward_plans=Plans(), gradient_plans=Plans(), **replaced))
         if case.target.startswith("gfx"):
             stack.enter_context(mock.patch.object(torch.version, "hip", "7"))
         driver.set_active(Driver(case.target))  # for good: there may be no other to set back

@@ -109,7 +109,7 @@ def variants(rows: int, classes: int, itemsize: int) -> Iterator[Variant]:
     )
     tiles, written_tiles = (-(-(classes + each.overhang) // each.block) for each in (tile, written))
     # How far a long row may begin from a boundary does not show in its kernels.
-    tile, written = (replace(each, heads=each.heads and not each.long) for each in (tile, written))
+    tile, written = (replace(each, heads=False, overhang=0) if each.long else each for each in (tile, written))
     splits = launch.choose_splits(rows, tiles, MULTIPROCESSORS) if tile.long else 1
     # Rows and classes, and the strides: classes, 1, and that of an absent dimension, 0.
     integers = tuple(specialization(number) for number in (rows, classes, 1, classes, 1, 0))

@@ -6,9 +6,10 @@ than the cache, so that no call finds its logits where the one before left them.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -153,15 +154,20 @@ def _events(step: Step, buffers: int, spans: int, calls: int) -> list[float]:
 def graph_times(make: Callable[[], Step], buffers: int, seconds: float) -> list[float]:
     """Seconds a call in replays of a CUDA graph that holds one call for each buffer: no launch is waited for.
 
-    ``make`` is called on the capturing stream, where the backward passes of what it builds will run too.
+    ``make`` is called on the capturing stream, where the backward passes of what it builds will run too. A step that
+    waits for the device raises before anything is captured: a capture that breaks off would leave PyTorch's allocator
+    in it, and what is kept for reuse is not given up any more.
     """
+    torch.cuda.empty_cache()  # within a capture nothing can be given up for it
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
         step = make()
-        for call in range(3):
-            step(call % buffers)
+        step(0)  # what is loaded or compiled on the first call may wait
+        with _waiting_is_an_error():
+            for call in range(3):
+                step(call % buffers)
         stream.synchronize()
         with torch.cuda.graph(graph, stream=stream):
             for index in range(buffers):
@@ -169,6 +175,16 @@ def graph_times(make: Callable[[], Step], buffers: int, seconds: float) -> list[
     torch.cuda.current_stream().wait_stream(stream)
     times = device_times(lambda _: graph.replay(), 1, seconds)
     return [each / buffers for each in times]
+
+
+@contextlib.contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def quantile(values: Sequence[float], share: float) -> float:

@@ -55,6 +55,13 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     return torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def no_plans() -> None:
+    """Of the calls of one test none is kept for the next, which may have changed what they are planned by."""
+    triton_backend.forward_plans.clear()
+    triton_backend.gradient_plans.clear()
+
+
 # Where hypothesis is installed, its tests run few cases, always the same; with --hypothesis-profile=fuzz many new ones.
 with contextlib.suppress(ImportError):
     from hypothesis import HealthCheck, settings

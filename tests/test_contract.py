@@ -168,10 +168,10 @@ def test_trailing_dimensions_in_any_order(order: tuple[int, ...], device: torch.
     assert relative_error(gradient, torch.autograd.grad(true, dense, upstream.double())[0]) < 2e-6
     for value, expected in zip(
         cot_kernels.complement_statistics(leaf, target.to(device)),
-        cot_kernels.complement_statistics(dense, target),
+        cot_kernels.complement_statistics(dense.to(device), target.to(device)),
         strict=True,
     ):
-        torch.testing.assert_close(value.cpu().double(), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 3, 2), (0, 3, 1, 2), (0, 3, 2, 1), (3, 0, 2, 1)])

@@ -125,8 +125,9 @@ def test_long_rows_need_equal_heads_in_logits_and_gradient() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("classes", [1, 5, 1000, 1001, 50257])
 def test_a_gradient_begins_as_far_from_a_boundary_as_its_logits(classes: int, dtype: torch.dtype) -> None:
-    """With less than an access to a row that is not its own."""
+    """With less than an access to a row that is not its own, or than a cache line to a long one."""
     per_access = 16 // dtype.itemsize
+    boundary = launch.LINE if classes * dtype.itemsize > launch.SHORT_ROW else 16
     for stride in (0, *range(classes, classes + 2 * per_access)):
         for offset in (0, 1, per_access - 1, per_access):
             logits = matrix(classes, dtype, max(stride, 1), offset) if stride else matrix(classes, dtype).expand(4, -1)
@@ -134,8 +135,9 @@ def test_a_gradient_begins_as_far_from_a_boundary_as_its_logits(classes: int, dt
             assert gradient.shape == logits.shape and gradient.stride(1) == 1
             assert _tile(logits, gradient).align == _tile(logits).align
             assert _tile(logits, gradient).heads == _tile(logits).heads or classes <= 4 * per_access
-            assert classes <= gradient.stride(0) < classes + per_access
-            assert gradient.untyped_storage().nbytes() <= 16 + 4 * gradient.stride(0) * dtype.itemsize
+            assert classes <= gradient.stride(0) < classes + boundary // dtype.itemsize
+            assert (gradient.stride(0) - logits.stride(0)) * dtype.itemsize % boundary == 0 or logits.is_contiguous()
+            assert gradient.untyped_storage().nbytes() <= boundary + 4 * gradient.stride(0) * dtype.itemsize
 
 
 def test_a_gradient_lies_as_dense_logits_do() -> None:
@@ -158,6 +160,25 @@ def test_a_gradient_lies_as_dense_logits_do() -> None:
             assert expected == stride or size == 1, logits.stride()
     sliced = tokens[:, :, :21].permute(1, 2, 0)  # (4, 21, 6), rows 30 apart, and 120 where the batch goes on
     assert backend._gradient_like(sliced).stride() == (22, 1, 88)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_tiles_of_long_gradients_begin_on_cache_lines(dtype: torch.dtype) -> None:
+    """Which takes a tile more where the places before a row come to one, and none where rows begin on lines."""
+    line = launch.LINE // dtype.itemsize
+    memory = torch.zeros(4 * 50400 + 2 * line, dtype=dtype)
+    begin = -(memory.data_ptr() // dtype.itemsize) % line
+    for stride, offset, lined in (
+        (50304, 0, True),
+        (50304, line, True),
+        (50304, 1, False),
+        (50304 + line // 2, 0, False),
+    ):
+        logits = memory.as_strided((4, 50000), (stride, 1), begin + offset)
+        assert _tile(logits).long and _tile(logits).overhang == (16 // dtype.itemsize - 1 if offset == 1 else 0)
+        assert _tile(logits, logits).overhang == (0 if lined else line - 1)
+    planes = memory.as_strided((1, 50000, 2), (50304, 1, 1), begin)
+    assert _tile(planes, planes).overhang == line - 1
 
 
 def test_rows_are_padded_as_far_as_their_storage_goes() -> None:
@@ -412,6 +433,8 @@ def test_rows_in_turn(classes: int, dtype: torch.dtype, monkeypatch: pytest.Monk
     one_by_one = outcome()
     monkeypatch.setattr(launch, "choose_row_turns", lambda *sizes: turns)
     monkeypatch.setattr(launch, "choose_turns", lambda *sizes: 3)
+    backend.forward_plans.clear()
+    backend.gradient_plans.clear()
     for found, expected in zip(outcome(), one_by_one, strict=True):
         assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
     assert one_by_one[0][0, 1] == 0 and one_by_one[0][0, 2].isnan() and one_by_one[0].isnan().sum() == 1
@@ -429,7 +452,7 @@ def test_rows_in_turn(classes: int, dtype: torch.dtype, monkeypatch: pytest.Monk
     error = (gradient[kept].double().cpu() - exact.grad).norm() / exact.grad.norm()
     assert error <= {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 8e-3}[dtype]
     mean, saved = backend.loss(logits, target, -100, objective, "mean")
-    assert saved[2] is not None and saved[2].item() == pytest.approx(1 / (rows - 2))
+    assert saved[2] is not None and saved[2][-1].item() == pytest.approx(1 / (rows - 2))
     torch.testing.assert_close(mean, losses.sum() / (rows - 2), rtol=1e-5, atol=0)
 
 
@@ -447,4 +470,4 @@ def test_many_partial_sums_are_folded_first(rows: int, reduction: str, monkeypat
     loss, saved = backend.loss(logits.float().to(device), target.to(device), -100, objective, reduction)
     torch.testing.assert_close(loss.double().cpu(), expected, rtol=1e-6, atol=0)
     if reduction == "mean":
-        assert saved[2] is not None and saved[2].item() == pytest.approx(1 / (rows - 1))
+        assert saved[2] is not None and saved[2][-1].item() == pytest.approx(1 / (rows - 1))

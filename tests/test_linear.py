@@ -109,13 +109,12 @@ def test_gradcheck(name: str, reduction: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_precision(name: str, dtype: torch.dtype, device: torch.device) -> None:
     """At most twice the error of the unfused path of the same dtype, against float64."""
-    *tensors, target = problem(rows=40, features=32, classes=300)
+    *tensors, target = problem(rows=40, features=32, classes=300, device=device)
     tensors = [each.to(dtype) for each in tensors]
     tensors[0] /= 4
     _, true = gradients(unfused(name), *(each.double() for each in tensors), target=target)
-    on_device = [each.to(device) for each in (*tensors, target)]
-    value, got = gradients(fused(name, memory_budget=300 * dtype.itemsize * 15), *on_device[:3], target=on_device[3])
-    other, expected = gradients(unfused(name), *on_device[:3], target=on_device[3])
+    value, got = gradients(fused(name, memory_budget=300 * dtype.itemsize * 15), *tensors, target=target)
+    other, expected = gradients(unfused(name), *tensors, target=target)
     assert value.dtype == torch.float32
     for fused_gradient, unfused_gradient, truth in zip(got, expected, true, strict=True):
         assert fused_gradient.dtype == dtype

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from oracle import CASES, Case, complement_entropy, draw, gradient_of, relative_error
+from oracle import CASES, Case, RowTruth, complement_entropy, cross_entropy_of, draw, gradient_of, relative_error
 from torch.nn import functional as F
 
 import cot_kernels
@@ -149,7 +149,7 @@ def test_masked_classes_are_absent(case: Case, classes: int, device: torch.devic
         true_loss, true_gradient = gradient_of(case.published, kept, target, weights)
         if case.name == "complement_cross_entropy":
             weight = 2.0 / (classes - 1)
-            negentropy = cot_kernels.complement_statistics(kept, target).negentropy
+            negentropy = cot_kernels.complement_statistics(kept.to(device), target.to(device)).negentropy.cpu()
             true_loss = F.cross_entropy(kept, target, reduction="none") + weight * negentropy
         elif case.name == "guided_complement_entropy":
             true_loss = true_loss * torch.log(torch.tensor(classes / 2)) / torch.log(torch.tensor(float(classes)))
@@ -180,6 +180,32 @@ def test_one_finite_complement_class_and_none(case: Case, dtype: torch.dtype, de
         assert loss[2].item() == torch.inf
     else:
         assert bool(loss.isfinite().all())
+
+
+@pytest.mark.parametrize("classes", [5, 100, 2500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("magnitude", [1e8, 1e9, 4e9, 1e20])
+def test_logits_whose_last_digit_is_more_than_an_exponent(
+    magnitude: float, dtype: torch.dtype, classes: int, device: torch.device
+) -> None:
+    """From 1e9 on numbers of float32 are 64 apart: nothing of how a maximum was rounded may reach an exponential."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(6, classes, generator=generator, dtype=torch.float64) * magnitude).to(dtype)
+    target = torch.randint(classes, (6,), generator=generator)
+    logits[0] = logits[0, 0]
+    logits[1, ::3] = logits[1].max()
+    logits[2], logits[2, target[2]] = -magnitude, 3.0
+    leaf = logits.to(device).requires_grad_()
+    losses = cot_kernels.complement_cross_entropy(
+        leaf, target.to(device), gamma=-0.7, normalization="none", reduction="none"
+    )
+    (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+    truth = RowTruth.of(logits.double(), target)
+    true = cross_entropy_of(truth.log_odds, truth.negentropy, 0.7)
+    torch.testing.assert_close(losses.cpu().double(), true, rtol=1e-5, atol=1e-5)
+    miss = truth.log_odds.sigmoid()
+    expected = truth.gradient(target, -miss, miss, torch.full_like(miss, 0.7))
+    torch.testing.assert_close(gradient.cpu().double(), expected, rtol=1e-2, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -258,4 +258,6 @@ def test_more_than_2_to_the_31_logits() -> None:
     grad = gradient(losses, leaf)
     last = leaf.detach()[-3:].clone().requires_grad_()
     expected = cot_kernels.complement_entropy(last, target[-3:], reduction="none", normalization="none")
-    assert torch.equal(losses[-3:], expected) and torch.equal(grad[-3:], gradient(expected, last))
+    # Several programs share each of three rows, and add in another order than one alone. Rows differ by far more.
+    torch.testing.assert_close(losses[-3:], expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad[-3:], gradient(expected, last), rtol=1e-2, atol=1e-8)

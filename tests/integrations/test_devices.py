@@ -205,7 +205,7 @@ def test_mixed_precision_on_a_gpu_learns(
 ) -> None:
     data = torch.utils.data.TensorDataset(rows[0].float(), rows[1])
     module = classifier(network().float(), adam, ComplementObjectiveEngine())
-    fit = trainer(accelerator="gpu", precision=precision, max_epochs=40)
+    fit = trainer(accelerator="gpu", precision=precision, max_epochs=200)
     fit.fit(module, torch.utils.data.DataLoader(data, batch_size=22))
     assert fit.callback_metrics["train_loss"] < 0.5
     assert module.complement_values[-1] < module.complement_values[0]

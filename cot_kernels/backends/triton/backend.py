@@ -11,7 +11,7 @@ import contextlib
 import functools
 import math
 from contextlib import AbstractContextManager
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import triton
@@ -21,15 +21,22 @@ from cot_kernels.backends import accumulation_dtype
 from cot_kernels.backends.triton import launch
 from cot_kernels.backends.triton.gradient import gradient_kernel
 from cot_kernels.backends.triton.objectives import device_twin
+from cot_kernels.backends.triton.prepared import Plans, Prepared
 from cot_kernels.backends.triton.reduction import fold_kernel, reduce_kernel
 from cot_kernels.backends.triton.statistics import merge_kernel, split_kernel, statistics_kernel
 from cot_kernels.backends.triton.value_and_gradient import value_and_gradient_kernel
 from cot_kernels.objectives import Objective, cross_entropy_of
 
-# What a forward pass hands its backward pass: target, state [5, N] (see statistics.finish), 1 / count where a mean.
+# What a forward pass hands its backward pass: target, state [5, N] (see statistics.finish), and where a mean partial
+# sums, the last of them 1 / count.
 Saved: TypeAlias = tuple[Tensor | None, ...]
 
 _REDUCE_BLOCK = 1024
+_HERE = contextlib.nullcontext()
+
+# By all that a plan follows from, and all that decides for which variants of its kernels.
+forward_plans: Plans[_Forward] = Plans()
+gradient_plans: Plans[Prepared] = Plans()
 
 
 @functools.cache
@@ -40,7 +47,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _on_device_of(logits: Tensor) -> AbstractContextManager[object]:
     """Kernels start on the current device, which need not be the one that holds the logits."""
-    return torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext()
+    index = logits.get_device()
+    return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
 def _strides(logits: Tensor, across: bool = False) -> tuple[int, int, int, int]:
@@ -58,25 +66,27 @@ def _rows_adjoin(logits: Tensor) -> bool:
     return stride_d == 1 and all(number % 16 == 0 for number in (inner, stride_n, stride_k))
 
 
-def _begin(tensor: Tensor) -> int:
-    """How many numbers after a 16-byte boundary a tensor begins."""
-    return tensor.data_ptr() % 16 // tensor.itemsize
+def _begin(tensor: Tensor, boundary: int = 16) -> int:
+    """How many numbers after a boundary of so many bytes a tensor begins."""
+    return tensor.data_ptr() % boundary // tensor.itemsize
 
 
 def _gradient_like(logits: Tensor) -> Tensor:
-    """Memory for a gradient, of which all rows begin as far from a 16-byte boundary as those of the logits.
+    """Memory for a gradient, of which all rows begin as far from a 16-byte boundary as those of the logits, long ones
+    as far from that of a cache line.
 
     They can so be written in the accesses that they are read in. A slice of padded rows gets padded ones; dense logits
     get a gradient that lies as they do.
     """
-    begin = _begin(logits)
+    boundary = launch.LINE if logits.shape[1] * logits.itemsize > launch.SHORT_ROW else 16
+    begin = _begin(logits, boundary)
     if (logits.is_contiguous() and not begin) or _strides(logits)[2] != 1:
         return torch.empty_like(logits)
-    per_access = 16 // logits.itemsize
+    per_boundary = boundary // logits.itemsize
     strides, extent = list(logits.stride()), logits.shape[1]
     for dim in sorted((0, *range(2, logits.dim())), key=logits.stride):
         if logits.shape[dim] != 1:
-            strides[dim] = extent + (logits.stride(dim) - extent) % per_access
+            strides[dim] = extent + (logits.stride(dim) - extent) % per_boundary
             extent = strides[dim] * logits.shape[dim]
     return logits.new_empty(begin + extent).as_strided(logits.shape, strides, begin)
 
@@ -102,6 +112,7 @@ def _tile(*tensors: Tensor) -> launch.Tile:
         classes_adjoin=all(_strides(each)[2] == 1 for each in tensors),
         rows_aligned=rows_aligned,
         head_aligned=alike,
+        rows_lined=stride_d == 0 and not _begin(logits, launch.LINE) and stride_n * itemsize % launch.LINE == 0,
         rows_adjoin=on_boundary and all(_rows_adjoin(each) for each in tensors),
         backward=len(tensors) > 1,
         warp=32 if torch.version.hip is None else 64,
@@ -121,73 +132,115 @@ def _splits(tile: launch.Tile, num_rows: int, num_classes: int, device: torch.de
     return launch.choose_splits(num_rows, tiles, _multiprocessors(device))
 
 
-def _forward(
-    logits: Tensor, target: Tensor, ignore_index: int, objective: Objective | None, reduces: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Row values (or partial sums of them, and of the rows counted), the target in row order, and the state."""
-    logits, target = logits.resolve_neg(), target.contiguous()  # a kernel would not see that signs are still to change
+class _Forward(NamedTuple):
+    """A forward pass: shapes of what it writes, and its launches."""
+
+    state: tuple[int, int]
+    values: tuple[int, ...]
+    parts: tuple[int, int, int] | None  # where rows are split
+    rows: tuple[Prepared, ...]
+    folded: int  # partial sums that are left for the last launch, and the factor behind them; 0 where none is folded
+    reduces: tuple[Prepared, ...]
+
+
+def _plan_forward(
+    logits: Tensor, target: Tensor, ignore_index: int, objective: Objective | None, reduction: str
+) -> _Forward:
     num_rows, num_classes = target.numel(), logits.shape[1]
-    dtype, device = accumulation_dtype(logits.dtype), logits.device
+    reduces = reduction != "none"
     twin: Any = None
     parameters = (0.0, 0.0, 0.0)
     if objective is not None:
         twin, parameters = device_twin(objective)
     tile = _tile(logits)
-    splits = _splits(tile, num_rows, num_classes, device)
+    splits = _splits(tile, num_rows, num_classes, logits.device)
     if splits > 1:
         turns, block_rows = 1, max(1, 256 // launch.next_power_of_two(splits))
     else:
-        turns = launch.choose_row_turns(tile, num_rows, _multiprocessors(device))
+        turns = launch.choose_row_turns(tile, num_rows, _multiprocessors(logits.device))
         block_rows = turns * tile.rows
     inner, stride_n, stride_k, stride_d = _strides(logits, tile.across)
     blocks = _blocks(tile, num_rows, inner) if tile.plane else triton.cdiv(num_rows, block_rows)
 
-    state = torch.empty((5, num_rows), dtype=dtype, device=device)
-    if reduces:
-        values = torch.empty((2, blocks), dtype=dtype, device=device)
-    else:
-        values = torch.empty((1 if objective is not None else 3, num_rows), dtype=dtype, device=device)
+    numbers = (num_rows, num_classes, inner, stride_n, stride_k, stride_d, ignore_index, *parameters)
+    common = {"OBJECTIVE": twin, "REDUCES": reduces}
     if not num_rows:
-        return values, target, state
-    finish = (
-        state, values, num_rows, num_classes, inner, stride_n, stride_k, stride_d, ignore_index, *parameters,
-    )  # fmt: skip
-    if splits > 1:
-        parts = torch.empty((3, num_rows, splits), dtype=dtype, device=device)
-        split_kernel[(num_rows * splits,)](
-            logits, target, parts, num_rows, num_classes, inner, stride_n, stride_d, ignore_index, splits,
-            LANES=tile.lanes,
-            VEC=tile.vec,
-            ALIGN=tile.align,
-            num_warps=tile.warps,
-        )  # fmt: skip
-        merge_kernel[(blocks,)](
-            logits, target, parts, *finish, splits,
-            OBJECTIVE=twin,
-            REDUCES=reduces,
-            ROWS=block_rows,
-            SPLITS=launch.next_power_of_two(splits),
-        )  # fmt: skip
+        rows: tuple[Prepared, ...] = ()
+    elif splits > 1:
+        rows = (
+            Prepared(
+                split_kernel,
+                num_rows * splits,
+                (num_rows, num_classes, inner, stride_n, stride_d, ignore_index, splits),
+                {"LANES": tile.lanes, "VEC": tile.vec, "ALIGN": tile.align},
+                num_warps=tile.warps,
+            ),
+            Prepared(
+                merge_kernel,
+                blocks,
+                (*numbers, splits),
+                {**common, "ROWS": block_rows, "SPLITS": launch.next_power_of_two(splits)},
+            ),
+        )
     else:
-        statistics_kernel[(blocks,)](
-            logits, target, *finish, turns,
-            OBJECTIVE=twin,
-            REDUCES=reduces,
-            LONG=tile.long,
-            ACROSS=tile.across,
-            PLANE=tile.plane,
-            ROWS=tile.rows,
-            TURNS=tile.turns,
-            PIECES=tile.pieces,
-            LANES=tile.lanes,
-            VEC=tile.vec,
-            ALIGN=tile.align,
-            HEADS=tile.heads and not tile.long,  # long rows look for their boundary anyway
-            num_warps=tile.warps,
-            # Others take few enough by themselves, and a limit only costs instructions.
-            **(_register_limit(tile) if logits.itemsize == 4 and tile.turns == 1 else {}),
-        )  # fmt: skip
-    return values, target, state
+        constants = {
+            **common,
+            "LONG": tile.long,
+            "ACROSS": tile.across,
+            "PLANE": tile.plane,
+            "ROWS": tile.rows,
+            "TURNS": tile.turns,
+            "PIECES": tile.pieces,
+            "LANES": tile.lanes,
+            "VEC": tile.vec,
+            "ALIGN": tile.align,
+            "HEADS": tile.heads and not tile.long,  # long rows look for their boundary anyway
+        }
+        # Others take few enough registers by themselves, and a limit only costs instructions.
+        limit = _register_limit(tile) if logits.itemsize == 4 and tile.turns == 1 else {}
+        rows = (Prepared(statistics_kernel, blocks, (*numbers, turns), constants, num_warps=tile.warps, **limit),)
+
+    if not reduces:
+        values: tuple[int, ...] = (1 if objective is not None else 3, num_rows)
+        return _Forward((5, num_rows), values, (3, num_rows, splits) if splits > 1 else None, rows, 0, ())
+    folded = triton.cdiv(blocks, launch.FOLD_BLOCK) if blocks > launch.FOLD_BLOCK else 0
+    last = Prepared(
+        reduce_kernel, 1, (folded or blocks,), {"MEAN": reduction == "mean", "BLOCK": _REDUCE_BLOCK}, num_warps=4
+    )
+    fold = Prepared(fold_kernel, folded, (blocks,), {"BLOCK": launch.FOLD_BLOCK}, num_warps=8)
+    return _Forward(
+        (5, num_rows),
+        (2 * blocks + 1,),
+        (3, num_rows, splits) if splits > 1 else None,
+        rows,
+        2 * folded + 1 if folded else 0,
+        (fold, last) if folded else (last,),
+    )
+
+
+def _forward(
+    logits: Tensor, target: Tensor, ignore_index: int, objective: Objective | None, reduction: str
+) -> tuple[_Forward, Tensor, Tensor, Tensor]:
+    """The plan; row values, or partial sums of them and of the rows counted; the target in row order; and the state."""
+    logits, target = logits.resolve_neg(), target.contiguous()  # a kernel would not see that signs are still to change
+    key = (
+        logits.shape, logits.stride(), logits.dtype, logits.data_ptr() % 16, logits.get_device(),
+        target.dtype, target.data_ptr() % 16, ignore_index, objective, reduction,
+    )  # fmt: skip
+    plan = forward_plans.get(key) or forward_plans.keep(
+        key, lambda: _plan_forward(logits, target, ignore_index, objective, reduction)
+    )
+    dtype, device = accumulation_dtype(logits.dtype), logits.device
+    state = torch.empty(plan.state, dtype=dtype, device=device)
+    values = torch.empty(plan.values, dtype=dtype, device=device)
+    if plan.parts is not None:
+        parts = torch.empty(plan.parts, dtype=dtype, device=device)
+        split, merge = plan.rows
+        split(logits, target, parts)
+        merge(logits, target, parts, state, values)
+    elif plan.rows:
+        plan.rows[0](logits, target, state, values)
+    return plan, values, target, state
 
 
 def loss(
@@ -200,24 +253,53 @@ def loss(
         target: (N) or (N, D), integers.
     """
     with _on_device_of(logits):
-        values, flat_target, state = _forward(logits, target, ignore_index, objective, reduction != "none")
+        plan, values, flat_target, state = _forward(logits, target, ignore_index, objective, reduction)
         if reduction == "none":
             return values, (flat_target, state, None)
-        blocks = values.shape[1]
-        if blocks > launch.FOLD_BLOCK:
-            programs = triton.cdiv(blocks, launch.FOLD_BLOCK)
-            partials, values = values, values.new_empty((2, programs))
-            fold_kernel[(programs,)](partials, values, blocks, BLOCK=launch.FOLD_BLOCK, num_warps=8)
-        result, factor = values.new_empty(()), values.new_empty(())
-        reduce_kernel[(1,)](
-            values, result, factor, values.shape[1], MEAN=reduction == "mean", BLOCK=_REDUCE_BLOCK, num_warps=4
-        )
-    return result, (flat_target, state, factor if reduction == "mean" else None)
+        if plan.folded:
+            partials, values = values, values.new_empty(plan.folded)
+            plan.reduces[0](partials, values)
+        result = values.new_empty(())
+        plan.reduces[-1](values, result)
+    return result, (flat_target, state, values if reduction == "mean" else None)
 
 
 def _register_limit(tile: launch.Tile) -> dict[str, int]:
     """An option of NVIDIA's compiler alone."""
     return {"maxnreg": launch.REGISTERS} if tile.long and torch.version.hip is None else {}
+
+
+def _plan_gradient(logits: Tensor, target: Tensor, upstream: Tensor, factor: Tensor | None, grad: Tensor) -> Prepared:
+    num_rows, num_classes = target.numel(), logits.shape[1]
+    tile = _tile(logits, grad)
+    tiles = triton.cdiv(num_classes + tile.overhang, tile.block)
+    turns = launch.choose_turns(tile, num_rows, tiles, _multiprocessors(logits.device))
+    inner, *strides = _strides(logits, tile.across)
+    blocks = _blocks(tile, num_rows, inner)
+    programs = blocks * triton.cdiv(tiles, turns) if tile.long or tile.across else triton.cdiv(blocks, turns)
+    by_row = upstream.dim() and upstream.numel() == num_rows and num_rows > 1
+    return Prepared(
+        gradient_kernel,
+        programs,
+        (
+            num_rows, num_classes, inner, *strides, *_strides(grad, tile.across)[1:],
+            upstream.stride(0) if by_row else 0, 0 if factor is None else factor.numel() - 1, tiles, turns,
+        ),
+        {
+            "HAS_FACTOR": factor is not None,
+            "LONG": tile.long,
+            "ACROSS": tile.across,
+            "PLANE": tile.plane,
+            "PIECES": tile.pieces,
+            "ROWS": tile.rows,
+            "WIDTH": tile.lanes * tile.vec,
+            "VEC": tile.vec,
+            "ALIGN": tile.align,
+            "HEADS": tile.heads and not tile.long,  # long rows look for their boundary anyway
+        },
+        num_warps=tile.warps,
+        **_register_limit(tile),
+    )  # fmt: skip
 
 
 def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None = None) -> Tensor:
@@ -228,43 +310,30 @@ def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None
     target, state, factor = saved
     assert target is not None and state is not None
     target, state = target.contiguous(), state.contiguous()  # hooks on saved tensors may have changed how they lie
-    logits = logits.resolve_neg()
+    logits, upstream = logits.resolve_neg(), upstream.resolve_neg()
     grad = _gradient_like(logits) if grad is None else grad
     if not grad.numel():
         return grad
-    num_rows, num_classes = target.numel(), logits.shape[1]
-    upstream = upstream.resolve_neg().reshape(-1)  # a view of any scalar or expanded upstream
-    tile = _tile(logits, grad)
-    tiles = triton.cdiv(num_classes + tile.overhang, tile.block)
-    turns = launch.choose_turns(tile, num_rows, tiles, _multiprocessors(logits.device))
-    inner, *strides = _strides(logits, tile.across)
-    blocks = _blocks(tile, num_rows, inner)
-    programs = blocks * triton.cdiv(tiles, turns) if tile.long or tile.across else triton.cdiv(blocks, turns)
+    if upstream.dim() > 1:
+        upstream = upstream.reshape(-1)  # a view of any scalar or expanded upstream
+    pointers = (logits, target, state, upstream, upstream if factor is None else factor, grad)
+    key = (
+        logits.shape, logits.stride(), grad.stride(), upstream.shape, upstream.stride(), logits.get_device(),
+        factor is None or factor.numel(), logits.data_ptr() % launch.LINE,
+        *[(each.dtype, each.data_ptr() % 16) for each in pointers],
+    )  # fmt: skip
     with _on_device_of(logits):
-        gradient_kernel[(programs,)](
-            logits, target, state, upstream, upstream if factor is None else factor, grad,
-            num_rows, num_classes, inner, *strides, *_strides(grad, tile.across)[1:],
-            upstream.stride(0) if upstream.numel() == num_rows and num_rows > 1 else 0, tiles, turns,
-            HAS_FACTOR=factor is not None,
-            LONG=tile.long,
-            ACROSS=tile.across,
-            PLANE=tile.plane,
-            PIECES=tile.pieces,
-            ROWS=tile.rows,
-            WIDTH=tile.lanes * tile.vec,
-            VEC=tile.vec,
-            ALIGN=tile.align,
-            HEADS=tile.heads and not tile.long,  # long rows look for their boundary anyway
-            num_warps=tile.warps,
-            **_register_limit(tile),
-        )  # fmt: skip
+        plan = gradient_plans.get(key) or gradient_plans.keep(
+            key, lambda: _plan_gradient(logits, target, upstream, factor, grad)
+        )
+        plan(*pointers)
     return grad
 
 
 def statistics(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Saved]:
     """target_logit, complement_lse and negentropy, (rows) each (zero where ignored), and the saved rows."""
     with _on_device_of(logits):
-        values, flat_target, state = _forward(logits, target, ignore_index, None, False)
+        _, values, flat_target, state = _forward(logits, target, ignore_index, None, "none")
     target_logit, complement_lse, negentropy = (value.clone() for value in values.unbind())
     return target_logit, complement_lse, negentropy, (flat_target, state, values)
 
@@ -350,10 +419,10 @@ def _value_then_gradient(
     """For rows so few that several programs share one, and those that begin anywhere: the statistics, and then the
     gradient in place."""
     with _on_device_of(logits):
-        values, flat_target, state = _forward(logits, target, ignore_index, None, False)
+        _, values, flat_target, state = _forward(logits, target, ignore_index, None, "none")
     target_logit, _, negentropy = values.unbind()
     # As in statistics.finish. NaN where the target is out of range; where it is ignored, the state is infinite.
-    log_odds = (state[1] - (target_logit / math.log(2) - state[0])) * math.log(2)
+    log_odds = state[1] * math.log(2) - (target_logit - state[0])
     log_odds = log_odds.masked_fill(target.reshape(-1) == ignore_index, 0)
     row_loss, d_log_odds, d_negentropy = objective.rows(log_odds, negentropy)
     values = torch.stack((row_loss, cross_entropy_of(log_odds), negentropy))
@@ -375,7 +444,7 @@ STATISTICS_STATE = 3  # shift, log2 s, S
 def row_loss(logits: Tensor, target: Tensor, ignore_index: int, objective: Objective) -> tuple[Tensor, Tensor]:
     """Row losses in the shape of the target, and the state, [LOSS_STATE, *target.shape]."""
     with _on_device_of(logits):
-        values, _, state = _forward(logits, target, ignore_index, objective, False)
+        _, values, _, state = _forward(logits, target, ignore_index, objective, "none")
     return values.view(target.shape), state.view(LOSS_STATE, *target.shape)
 
 

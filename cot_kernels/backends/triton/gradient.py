@@ -2,8 +2,9 @@
 
     dl/dz_j = q_j (f_L + f_S ((z_j - L) - S)),  j != g        dl/dz_g = f_g
 
-In the units of the forward pass, with x = z_j log2 e - shift - log2 s = (z_j - L) log2 e, that is
-``2^x (slope x - offset)``: an exponential and three multiply-adds a logit. Programs take several tiles in turn.
+In the units of the forward pass, with x = (z_j - m) log2 e - log2 s = (z_j - L) log2 e, that is
+``2^x (slope x - offset)``: an exponential, a subtraction and three multiply-adds a logit. Programs take several tiles
+in turn.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 
 from cot_kernels.backends.triton.tiles import (
+    LINE,
     LOG2E,
     NOTHING,
     base_across,
@@ -36,7 +38,7 @@ from cot_kernels.backends.triton.tiles import (
 def complement_gradient(z, shift, log_total, slope, offset):
     # Subtracting the shift first keeps the rounding of a large L out of q. The clamp is for logits at -inf: there 2^x
     # is 0 in any precision, and slope x finite with any slope.
-    x = tl.maximum((z * LOG2E - shift) - log_total, NOTHING, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.maximum((z - shift) * LOG2E - log_total, NOTHING, propagate_nan=tl.PropagateNan.ALL)
     return tl.exp2(x) * (slope * x - offset)
 
 
@@ -174,7 +176,7 @@ def write_pieces(
                 written &= (access >= by_row(head)) & (access + VEC <= by_row(head + num_classes))
             else:
                 written &= places < hint(num_classes, ALIGN)
-        pointers = by_row(step_back(grad_base, head, VEC) if HEADS else grad_base) + places.to(tl.int64)
+        pointers = by_row(step_back(grad_base, VEC) if HEADS else grad_base) + places.to(tl.int64)
         tl.store(pointers, grad.to(grad_base.dtype.element_ty), mask=written)
 
 
@@ -226,13 +228,13 @@ def write_end(
     tl.store(by_row(grad_base) + classes, grad.to(grad_base.dtype.element_ty), mask=mask & by_row(inside))
 
 
-@triton.jit(do_not_specialize_on_alignment=["tiles", "turns"])
+@triton.jit(do_not_specialize=["factor_at"], do_not_specialize_on_alignment=["tiles", "turns"])
 def gradient_kernel(
     logits_pointer,
     target_pointer,
     state_pointer,
     upstream_pointer,
-    factor_pointer,  # read where the loss is a mean: 1 / count
+    factor_pointer,  # read where the loss is a mean: [factor_at] is 1 / count
     grad_pointer,
     num_rows,
     num_classes,
@@ -244,6 +246,7 @@ def gradient_kernel(
     grad_stride_k,
     grad_stride_d,
     upstream_stride,
+    factor_at,
     tiles,
     turns,
     HAS_FACTOR: tl.constexpr,
@@ -263,6 +266,7 @@ def gradient_kernel(
     shares = tl.cdiv(tiles, turns)  # programs to a row
     block = program // shares
     num_rows = tl.cast(num_rows, tl.int64)  # 5 N entries of state pass 2^31
+    factor_pointer += factor_at
     first = (program - block * shares).to(tl.int32) * turns
     dtype: tl.constexpr = state_pointer.dtype.element_ty
 
@@ -281,9 +285,9 @@ def gradient_kernel(
 
         base = row_pointers(logits_pointer, row, inner, stride_n, stride_d)
         grad_base = row_pointers(grad_pointer, row, inner, grad_stride_n, grad_stride_d)
-        head = misalignment(base, ALIGN)
-        aligned = step_back(base, head, ALIGN)
-        grad_aligned = step_back(grad_base, head, ALIGN)
+        head = misalignment(base, ALIGN, LINE)
+        aligned = step_back(base - head, ALIGN)
+        grad_aligned = step_back(grad_base - head, ALIGN)
         for tile in range(first, tl.minimum(first + turns, tiles)):
             place = tile * WIDTH
             write_tile(

@@ -24,6 +24,9 @@ ROW_TURNS = 8
 PIECE = 64
 SECTOR = 32
 
+# What an L2 cache keeps: the tiles of the gradient of long rows begin on one.
+LINE = 128
+
 # Accesses of a row that a thread has at most.
 PIECES = 8
 
@@ -45,9 +48,9 @@ class Tile:
     ``vec`` neighbouring classes are folded within a thread, which has one such access of each of the ``pieces`` of a
     row that is whole in its tile: as few as hold the row. ``align`` is the number of classes in 16 bytes where accesses
     of that width can be promised to the compiler, and 1 where not. With ``heads`` rows begin anywhere, and each is read
-    from the boundary before it. A ``long`` row takes many tiles, of which most need no mask. ``across`` rows, which lie
-    side by side, are read class after class, in tiles of one ``plane``, or of any rows; all others are whole in one
-    tile. A ``warp`` is so many threads.
+    from the boundary before it: there are up to ``overhang`` places before its first class. A ``long`` row takes many
+    tiles, of which most need no mask. ``across`` rows, which lie side by side, are read class after class, in tiles of
+    one ``plane``, or of any rows; all others are whole in one tile. A ``warp`` is so many threads.
     """
 
     rows: int
@@ -59,17 +62,13 @@ class Tile:
     long: bool = False
     across: bool = False
     plane: bool = False
+    overhang: int = 0
     pieces: int = 1
     warp: int = 32
 
     @property
     def block(self) -> int:
         return self.pieces * self.lanes * self.vec
-
-    @property
-    def overhang(self) -> int:
-        """Places before the first class of a row, at most."""
-        return self.vec - 1 if self.heads else 0
 
     @property
     def turns(self) -> int:
@@ -91,6 +90,7 @@ def choose_tile(
     classes_adjoin: bool,
     rows_aligned: bool,
     head_aligned: bool,
+    rows_lined: bool = False,
     inner: int = 1,
     rows_adjoin: bool = False,
     backward: bool = False,
@@ -102,6 +102,7 @@ def choose_tile(
         classes_adjoin: neighbouring classes are neighbours in memory, in all tensors involved.
         rows_aligned: every row begins on a 16-byte boundary.
         head_aligned: no row does for certain, but the rows of all tensors involved begin equally far from one.
+        rows_lined: every row begins on a cache line.
         inner: rows of a plane, which lie side by side where classes do not adjoin: D of (N, K, D), N of (N, K).
         rows_adjoin: neighbouring rows are neighbours in memory, 16 of them from a 16-byte boundary on, in all tensors.
         backward: the gradient is written. Where rows begin anywhere, the accesses at either end of one are written
@@ -114,7 +115,8 @@ def choose_tile(
     aligned = rows_aligned and num_classes % vec == 0
     # Of a few accesses most are ends: all are then written class by class, and read so.
     heads = head_aligned and not aligned and not (backward and num_classes <= 4 * vec)
-    places = num_classes + (vec - 1 if heads else 0)
+    overhang = vec - 1 if heads else 0
+    places = num_classes + overhang
     if places * itemsize <= SHORT_ROW:
         # A warp a program, and few threads a row: what every thread of a row does, its merge and the loading of its
         # state, is done by the fewest, and within a warp. Of a longer row a thread has up to 128 bytes; of shorter ones
@@ -134,6 +136,7 @@ def choose_tile(
             align=vec if aligned else 1,
             warps=1,
             heads=heads,
+            overhang=overhang,
             pieces=-(-places // (lanes * vec)),
             warp=warp,
         )
@@ -142,8 +145,10 @@ def choose_tile(
     wide = 4 if itemsize > 4 else 1
     warps = min(max(next_power_of_two(num_classes + 1) // 8192, 1), 8)
     lanes = 512 * warps // wide // vec
-    heads = head_aligned and not rows_aligned
-    return Tile(rows=1, lanes=lanes, vec=vec, align=vec if head_aligned else 1, warps=warps, heads=heads, long=True)
+    heads, align = head_aligned and not rows_aligned, vec if head_aligned else 1
+    boundary, on_boundary = (LINE, rows_lined) if backward else (16, rows_aligned)
+    overhang = boundary // itemsize - 1 if head_aligned and not on_boundary else 0
+    return Tile(1, lanes, vec, align, warps, heads=heads, long=True, overhang=overhang)
 
 
 def choose_tile_across(

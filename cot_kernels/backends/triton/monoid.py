@@ -2,14 +2,15 @@
 
     m = max_{j != g} z_j     s = sum_{j != g} 2^{y_j}     t = sum_{j != g} 2^{y_j} y_j,     y_j = (z_j - m) log2 e
 
-The kernels count in units of log2, where the exponential is a single instruction and the scaling by log2 e merges with
-the subtraction of the maximum.
+The kernels count in units of log2, where the exponential is a single instruction. The maximum is subtracted before the
+scaling by log2 e, as an operation of its own: of z log2 e - round(m log2 e), one multiply-add, the rounding would be
+left, which from m = 1e9 on is more than an exponential can hold.
 
 A tile of BLOCK = LANES * VEC classes of a long row is folded into one running (m, s, t) a lane: the maximum over VEC
 neighbours, which one thread holds, costs no exchange between threads, and one rescaling serves VEC classes. Lanes (and
 splits of a row) are merged at the end by the rule of the monoid:
 
-    m = max(m_1, m_2)    s = sum_i s_i 2^{m_i - m}    t = sum_i 2^{m_i - m} (t_i + (m_i - m) s_i)
+    m = max(m_1, m_2)    d_i = (m_i - m) log2 e    s = sum_i s_i 2^{d_i}    t = sum_i 2^{d_i} (t_i + d_i s_i)
 
 Of rows that fit a tile the maximum is known before the first exponential, and nothing is rescaled.
 """
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 
 from cot_kernels.backends.triton.tiles import (
+    ACCESS,
     FLOOR,
     LOG2E,
     base_across,
@@ -41,7 +43,7 @@ from cot_kernels.backends.triton.tiles import (
 def merge(shift, total, moment, axis: tl.constexpr):
     """Merges the running statistics along an axis."""
     merged = tl.max(shift, axis)
-    gap = shift - tl.expand_dims(merged, axis)
+    gap = (shift - tl.expand_dims(merged, axis)) * LOG2E
     weight = tl.exp2(gap)
     return merged, tl.sum(total * weight, axis), tl.sum(weight * (moment + gap * total), axis)
 
@@ -54,16 +56,11 @@ def finite(y):
 
 @triton.jit
 def fold(z, shift, total, moment, axis: tl.constexpr):
-    """Folds a tile z into the running statistics, along an axis that they do not have.
-
-    What is carried is the shift m log2 e as it was rounded, and not m: the compiler would contract m log2 e - shift to
-    one multiply-add, whose product is not rounded. The gap of equal maxima would be that rounding instead of 0, once
-    a tile, and of lanes that are still at the floor 6e21, with 0 * inf behind it.
-    """
-    raised = tl.maximum(shift, tl.max(z, axis) * LOG2E)
-    y = finite(z * LOG2E - tl.expand_dims(raised, axis))
+    """Folds a tile z into the running statistics, along an axis that they do not have."""
+    raised = tl.maximum(shift, tl.max(z, axis))
+    y = finite((z - tl.expand_dims(raised, axis)) * LOG2E)
     weight = tl.exp2(y)
-    gap = shift - raised
+    gap = (shift - raised) * LOG2E
     rescale = tl.exp2(gap)
     moment = rescale * (moment + gap * total) + tl.sum(weight * y, axis)
     return raised, rescale * total + tl.sum(weight, axis), moment
@@ -82,7 +79,7 @@ def read_row(
     VEC: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
-    """(m, s, t), [1] each, of the tiles ``first`` to ``last`` of one row; see :func:`.tiles.step_back`."""
+    """(m, s, t), [1] each, of the tiles ``first`` to ``last`` of one row; see :func:`.tiles.misalignment`."""
     BLOCK: tl.constexpr = LANES * VEC
     shift = tl.full([1, LANES], FLOOR, dtype)
     total = tl.zeros([1, LANES], dtype)
@@ -151,12 +148,12 @@ def of_pieces(
     top = logits[0]  # type: ignore[misc]
     for piece in tl.static_range(1, PIECES):
         top = tl.maximum(top, logits[piece])
-    shift = tl.maximum(tl.max(top, 1) * LOG2E, FLOOR)
-    y = finite(logits[0] * LOG2E - by_row(shift))  # type: ignore[misc]
+    shift = tl.maximum(tl.max(top, 1), FLOOR)
+    y = finite((logits[0] - by_row(shift)) * LOG2E)  # type: ignore[misc]
     total = tl.exp2(y)
     moment = total * y
     for piece in tl.static_range(1, PIECES):
-        y = finite(logits[piece] * LOG2E - by_row(shift))
+        y = finite((logits[piece] - by_row(shift)) * LOG2E)
         weight = tl.exp2(y)
         total += weight
         moment += weight * y
@@ -243,9 +240,9 @@ def read_one(
         # Long rows find their boundary by themselves: their stride need not be a multiple of anything.
         base = row_pointers(logits_pointer, row, inner, stride_n if LONG else hint(stride_n, ALIGN), stride_d)
         if LONG:
-            head = misalignment(base, ALIGN)
+            head = misalignment(base, ALIGN, ACCESS)
             shift, total, moment = read_row(
-                step_back(base, head, ALIGN), head, target, 0, tl.cdiv(num_classes + head, BLOCK), num_classes,
+                step_back(base - head, ALIGN), head, target, 0, tl.cdiv(num_classes + head, BLOCK), num_classes,
                 dtype, LANES, VEC, "",
             )  # fmt: skip
         else:

@@ -18,8 +18,8 @@ def fold_kernel(partials_pointer, folded_pointer, blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def reduce_kernel(partials_pointer, loss_pointer, factor_pointer, blocks, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of the partial losses, or their mean and the factor 1 / count for the backward pass.
+def reduce_kernel(partials_pointer, loss_pointer, blocks, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of the partial losses, or their mean and, behind the partial sums, 1 / count for the backward pass.
 
     One program: the order of summation is fixed, so results are reproducible bit for bit.
     """
@@ -34,5 +34,5 @@ def reduce_kernel(partials_pointer, loss_pointer, factor_pointer, blocks, MEAN: 
     if MEAN:
         rows = tl.sum(count, 0)
         result /= rows  # every row ignored: the mean is 0 / 0, and the gradient zero
-        tl.store(factor_pointer, 1 / tl.maximum(rows, 1.0))
+        tl.store(partials_pointer + 2 * blocks, 1 / tl.maximum(rows, 1.0))
     tl.store(loss_pointer, result)

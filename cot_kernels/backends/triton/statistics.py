@@ -12,9 +12,9 @@ import triton.language as tl
 
 from cot_kernels.backends.triton.monoid import merge, read_one, read_row, read_several
 from cot_kernels.backends.triton.tiles import (
+    ACCESS,
     FLOOR,
     LN2,
-    LOG2E,
     load_target_logits,
     load_targets,
     misalignment,
@@ -30,7 +30,7 @@ def row_values(target_logit, shift, total, moment):
     empty = (shift <= FLOOR) & (total == total)  # a NaN total is no empty sum
     log_total = tl.log2(tl.where(empty, 1.0, total))
     negentropy = tl.where(empty, 0.0, (moment / total - log_total) * LN2)
-    log_odds = (log_total - (target_logit * LOG2E - shift)) * LN2
+    log_odds = log_total * LN2 - (target_logit - shift)
     return log_total, negentropy, log_odds, empty
 
 
@@ -56,7 +56,7 @@ def finish(
 ):
     """From (m, s, t) to the row's loss, and to the five numbers the backward pass needs of it.
 
-    state [5, N]: shift m log2 e; log2 s; slope f_S ln 2; offset f_S S - f_L; f_g. With them, for x = y_j - log2 s,
+    state [5, N]: shift m; log2 s; slope f_S ln 2; offset f_S S - f_L; f_g. With them, for x = y_j - log2 s,
     dl/dz_j = 2^x (slope x - offset). An infinite log2 s, which no row has, marks the ignored ones. Without an
     objective the statistics (z_g, L, S) themselves are written.
     """
@@ -68,7 +68,7 @@ def finish(
     tl.store(state + num_rows, tl.where(wanted, log_total, float("inf")), mask=inside)
     nan = float("nan")
     if OBJECTIVE is None:
-        lse = tl.where(empty, -float("inf"), (shift + log_total) * LN2)
+        lse = tl.where(empty, -float("inf"), shift + log_total * LN2)
         tl.store(values_pointer + rows, tl.where(stray, nan, tl.where(wanted, target_logit, 0.0)), mask=inside)
         tl.store(values_pointer + num_rows + rows, tl.where(stray, nan, tl.where(wanted, lse, 0.0)), mask=inside)
         kept = tl.where(stray, nan, tl.where(wanted, negentropy, 0.0))
@@ -219,12 +219,12 @@ def split_kernel(
 
     target, wanted, _ = load_targets(target_pointer, row, num_rows, num_classes, ignore_index)
     base = row_pointers(logits_pointer, row, inner, stride_n, stride_d)
-    head = misalignment(base, ALIGN)
+    head = misalignment(base, ALIGN, ACCESS)
     tiles = tl.where(wanted, tl.cdiv(num_classes + head, BLOCK), 0)
     share = tl.cdiv(tiles, splits)
     first = split * share
     shift, total, moment = read_row(
-        step_back(base, head, ALIGN), head, target, first, tl.minimum(tiles, first + share), num_classes,
+        step_back(base - head, ALIGN), head, target, first, tl.minimum(tiles, first + share), num_classes,
         dtype, LANES, VEC, "",
     )  # fmt: skip
     place = parts_pointer + program + tl.arange(0, 1)

@@ -12,6 +12,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 # A power of two: Triton takes a constant for a float32, and -1e30 would be another number beside its float64 self.
 FLOOR = tl.constexpr(-(2.0**100))
 
+# Of the accesses of a thread, and of what an L2 cache moves and keeps.
+ACCESS = tl.constexpr(16)
+LINE = tl.constexpr(128)
+
 # To this power 2 is zero, in float64 as well.
 NOTHING = tl.constexpr(-4096.0)
 
@@ -56,27 +60,28 @@ def widen(z, dtype: tl.constexpr):
 
 
 @triton.jit
-def misalignment(base, ALIGN: tl.constexpr):
-    """Classes between the last 16-byte boundary and the first class of a row; 0 where ALIGN is 1.
+def misalignment(base, ALIGN: tl.constexpr, BOUNDARY: tl.constexpr):
+    """Classes between the last boundary, of 16 bytes or a multiple, and the first class of a row; 0 where ALIGN is 1.
 
     Tiles start on the boundary, and the few places before the row are masked: so every interior tile is read in
-    128-bit accesses whatever the number of classes (50257 is odd).
+    128-bit accesses whatever the number of classes (50257 is odd). Of a gradient they start on a cache line: otherwise
+    every warp would write its first and last one in part.
     """
     if ALIGN == 1:
         head = 0
     else:
         itemsize: tl.constexpr = base.dtype.element_ty.primitive_bitwidth // 8
-        head = (base.to(tl.int64) & 15).to(tl.int32) // itemsize
+        head = (base.to(tl.int64) & (BOUNDARY - 1)).to(tl.int32) // itemsize
     return head
 
 
 @triton.jit
-def step_back(base, head, ALIGN: tl.constexpr):
-    """The 16-byte boundary ``head`` classes before a row, and the compiler's knowledge that it is one.
+def step_back(pointer, ALIGN: tl.constexpr):
+    """The last 16-byte boundary, and the compiler's knowledge that it is one; the pointer itself where ALIGN is 1.
 
     By its bits: of a pointer that comes of additions AMD's compiler goes back to the first, and forgets the boundary.
     """
-    return tl.multiple_of((base.to(tl.int64) & -16).to(base.dtype), 16) if ALIGN > 1 else base - head
+    return tl.multiple_of((pointer.to(tl.int64) & -ACCESS).to(pointer.dtype), ACCESS) if ALIGN > 1 else pointer
 
 
 @triton.jit
@@ -98,7 +103,7 @@ def is_interior(start, target, num_classes, BLOCK: tl.constexpr):
 @triton.jit
 def first_classes(base, ROWS: tl.constexpr, VEC: tl.constexpr, HEADS: tl.constexpr):
     """Of rows that begin anywhere, how many classes after a 16-byte boundary, [ROWS]; else 0."""
-    return misalignment(base, VEC) if HEADS else tl.zeros([ROWS], tl.int32)
+    return misalignment(base, VEC, ACCESS) if HEADS else tl.zeros([ROWS], tl.int32)
 
 
 @triton.jit
@@ -205,7 +210,7 @@ def load_rows(
     if HEADS:
         access = places // VEC * VEC
         touched = (access + VEC > by_row(head)) & (access < by_row(head + num_classes))
-        pointers = by_row(step_back(base, head, VEC)) + places
+        pointers = by_row(step_back(base, VEC)) + places
     else:
         touched = places < hint(num_classes, ALIGN)
         pointers = by_row(base) + places.to(tl.int64)

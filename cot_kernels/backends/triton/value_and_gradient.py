@@ -15,6 +15,7 @@ from cot_kernels.backends.triton.monoid import of_pieces, read_row
 from cot_kernels.backends.triton.objectives import cross_entropy
 from cot_kernels.backends.triton.statistics import row_values
 from cot_kernels.backends.triton.tiles import (
+    ACCESS,
     LN2,
     first_classes,
     hint,
@@ -64,8 +65,8 @@ def value_and_gradient_kernel(
     if LONG:
         one_target, one_wanted, _ = load_targets(target_pointer, block, num_rows, num_classes, ignore_index)
         base = logits_pointer + block * stride_n
-        head = misalignment(base, ALIGN)  # none: but it is this from which the compiler knows
-        aligned = step_back(base, head, ALIGN)
+        head = misalignment(base, ALIGN, ACCESS)  # none: but it is this from which the compiler knows
+        aligned = step_back(base, ALIGN)
         tiles = tl.cdiv(num_classes + head, WIDTH)
         read = tl.where(one_wanted, tiles, 0)
         shift, total, moment = read_row(

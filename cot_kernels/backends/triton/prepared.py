@@ -1,0 +1,73 @@
+"""Launches that are repeated: of one kernel, with the same numbers and with pointers of the same kinds.
+
+With every launch Triton asks anew which compiled variant its arguments call for, which takes most of the time of a
+launch, and of a small loss. A prepared launch asks once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.runtime.driver import driver
+
+Plan = TypeVar("Plan")
+
+# Plans that are kept of each kind: of as many shapes as a program has, or all are forgotten.
+MOST_PLANS = 512
+
+
+class Plans(dict[tuple[Any, ...], Plan], Generic[Plan]):
+    """What was found out about calls, by all that it depends on."""
+
+    def keep(self, key: tuple[Any, ...], make: Callable[[], Plan]) -> Plan:
+        if len(self) >= MOST_PLANS:
+            self.clear()
+        plan = self[key] = make()
+        return plan
+
+
+def _hooked() -> bool:
+    """Whether a profiler wants to be told of launches: Triton tells it."""
+    hook = knobs.runtime.launch_enter_hook
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+class Prepared:
+    """A launch of ``programs`` programs of a kernel whose arguments are pointers, then numbers, then constants.
+
+    Whoever keeps one must not give it pointers of another dtype, or of another remainder by 16, for the variant that
+    its first launch was compiled to would be wrong for them.
+    """
+
+    __slots__ = ("_arguments", "_compiled", "constants", "kernel", "numbers", "options", "programs")
+
+    def __init__(
+        self, kernel: Any, programs: int, numbers: tuple[int | float, ...], constants: dict[str, Any], **options: int
+    ) -> None:
+        self.kernel, self.programs, self.numbers = kernel, programs, numbers
+        self.constants, self.options = constants, options
+        self._compiled: Any = None
+        self._arguments: tuple[Any, ...] = ()
+
+    def __call__(self, *pointers: Tensor) -> None:
+        compiled = self._compiled
+        if compiled is None or _hooked():
+            self._first(pointers)
+            return
+        active = driver.active
+        stream = active.get_current_stream(active.get_current_device())
+        compiled.run(
+            self.programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+            *map(Tensor.data_ptr, pointers), *self._arguments,
+        )  # fmt: skip
+
+    def _first(self, pointers: tuple[Tensor, ...]) -> None:
+        compiled = self.kernel[(self.programs,)](*pointers, *self.numbers, **self.constants, **self.options)
+        # None from the interpreter. On AMD a variant depends on the sizes of tensors too.
+        if compiled is not None and torch.version.hip is None:
+            constants = (self.constants[name] for name in self.kernel.arg_names if name in self.constants)
+            self._arguments, self._compiled = (*self.numbers, *constants), compiled
