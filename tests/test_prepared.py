@@ -141,6 +141,6 @@ def test_what_an_interpreter_launches_is_left_to_it() -> None:
 
     prepared_launch = Prepared(Interpreted(), 7, (3,), {})
     tensor = torch.zeros(2)
-    prepared_launch(tensor)
-    prepared_launch(tensor)
+    prepared_launch(-1, tensor)
+    prepared_launch(-1, tensor)
     assert [(grid, number) for grid, _, number in calls] == [((7,), 3)] * 2

@@ -45,10 +45,9 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def _on_device_of(logits: Tensor) -> AbstractContextManager[object]:
+def _on(device: int) -> AbstractContextManager[object]:
     """Kernels start on the current device, which need not be the one that holds the logits."""
-    index = logits.get_device()
-    return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
+    return _HERE if device < 0 or device == torch.cuda.current_device() else torch.cuda.device(device)
 
 
 def _strides(logits: Tensor, across: bool = False) -> tuple[int, int, int, int]:
@@ -135,6 +134,7 @@ def _splits(tile: launch.Tile, num_rows: int, num_classes: int, device: torch.de
 class _Forward(NamedTuple):
     """A forward pass: shapes of what it writes, and its launches."""
 
+    dtype: torch.dtype  # of all these, that of the arithmetic
     state: tuple[int, int]
     values: tuple[int, ...]
     parts: tuple[int, int, int] | None  # where rows are split
@@ -146,7 +146,7 @@ class _Forward(NamedTuple):
 def _plan_forward(
     logits: Tensor, target: Tensor, ignore_index: int, objective: Objective | None, reduction: str
 ) -> _Forward:
-    num_rows, num_classes = target.numel(), logits.shape[1]
+    num_rows, num_classes, dtype = target.numel(), logits.shape[1], accumulation_dtype(logits.dtype)
     reduces = reduction != "none"
     twin: Any = None
     parameters = (0.0, 0.0, 0.0)
@@ -202,13 +202,14 @@ def _plan_forward(
 
     if not reduces:
         values: tuple[int, ...] = (1 if objective is not None else 3, num_rows)
-        return _Forward((5, num_rows), values, (3, num_rows, splits) if splits > 1 else None, rows, 0, ())
+        return _Forward(dtype, (5, num_rows), values, (3, num_rows, splits) if splits > 1 else None, rows, 0, ())
     folded = triton.cdiv(blocks, launch.FOLD_BLOCK) if blocks > launch.FOLD_BLOCK else 0
     last = Prepared(
         reduce_kernel, 1, (folded or blocks,), {"MEAN": reduction == "mean", "BLOCK": _REDUCE_BLOCK}, num_warps=4
     )
     fold = Prepared(fold_kernel, folded, (blocks,), {"BLOCK": launch.FOLD_BLOCK}, num_warps=8)
     return _Forward(
+        dtype,
         (5, num_rows),
         (2 * blocks + 1,),
         (3, num_rows, splits) if splits > 1 else None,
@@ -223,23 +224,23 @@ def _forward(
 ) -> tuple[_Forward, Tensor, Tensor, Tensor]:
     """The plan; row values, or partial sums of them and of the rows counted; the target in row order; and the state."""
     logits, target = logits.resolve_neg(), target.contiguous()  # a kernel would not see that signs are still to change
+    device = logits.get_device()
     key = (
-        logits.shape, logits.stride(), logits.dtype, logits.data_ptr() % 16, logits.get_device(),
-        target.dtype, target.data_ptr() % 16, ignore_index, objective, reduction,
+        logits.shape, logits.stride(), logits.dtype, logits.data_ptr() % 16, device, target.dtype,
+        target.data_ptr() % 16, ignore_index, objective, reduction,
     )  # fmt: skip
     plan = forward_plans.get(key) or forward_plans.keep(
         key, lambda: _plan_forward(logits, target, ignore_index, objective, reduction)
     )
-    dtype, device = accumulation_dtype(logits.dtype), logits.device
-    state = torch.empty(plan.state, dtype=dtype, device=device)
-    values = torch.empty(plan.values, dtype=dtype, device=device)
+    state = logits.new_empty(plan.state, dtype=plan.dtype)
+    values = state.new_empty(plan.values)
     if plan.parts is not None:
-        parts = torch.empty(plan.parts, dtype=dtype, device=device)
+        parts = state.new_empty(plan.parts)
         split, merge = plan.rows
-        split(logits, target, parts)
-        merge(logits, target, parts, state, values)
+        split(device, logits, target, parts)
+        merge(device, logits, target, parts, state, values)
     elif plan.rows:
-        plan.rows[0](logits, target, state, values)
+        plan.rows[0](device, logits, target, state, values)
     return plan, values, target, state
 
 
@@ -252,15 +253,16 @@ def loss(
         logits: (N, K) or (N, K, D), any strides.
         target: (N) or (N, D), integers.
     """
-    with _on_device_of(logits):
+    device = logits.get_device()
+    with _on(device):
         plan, values, flat_target, state = _forward(logits, target, ignore_index, objective, reduction)
         if reduction == "none":
             return values, (flat_target, state, None)
         if plan.folded:
             partials, values = values, values.new_empty(plan.folded)
-            plan.reduces[0](partials, values)
+            plan.reduces[0](device, partials, values)
         result = values.new_empty(())
-        plan.reduces[-1](values, result)
+        plan.reduces[-1](device, values, result)
     return result, (flat_target, state, values if reduction == "mean" else None)
 
 
@@ -311,28 +313,30 @@ def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None
     assert target is not None and state is not None
     target, state = target.contiguous(), state.contiguous()  # hooks on saved tensors may have changed how they lie
     logits, upstream = logits.resolve_neg(), upstream.resolve_neg()
-    grad = _gradient_like(logits) if grad is None else grad
+    begin, device = logits.data_ptr() % launch.LINE, logits.get_device()
+    if grad is None:
+        grad = _gradient_like(logits) if begin or not logits.is_contiguous() else torch.empty_like(logits)
     if not grad.numel():
         return grad
     if upstream.dim() > 1:
         upstream = upstream.reshape(-1)  # a view of any scalar or expanded upstream
     pointers = (logits, target, state, upstream, upstream if factor is None else factor, grad)
+    begins = [each.data_ptr() % 16 for each in pointers]
     key = (
-        logits.shape, logits.stride(), grad.stride(), upstream.shape, upstream.stride(), logits.get_device(),
-        factor is None or factor.numel(), logits.data_ptr() % launch.LINE,
-        *[(each.dtype, each.data_ptr() % 16) for each in pointers],
+        logits.shape, logits.stride(), logits.dtype, begin, device, grad.stride(), target.dtype,
+        upstream.shape, upstream.stride(), upstream.dtype, factor is None or factor.numel(), any(begins) and (*begins,),
     )  # fmt: skip
-    with _on_device_of(logits):
+    with _on(device):
         plan = gradient_plans.get(key) or gradient_plans.keep(
             key, lambda: _plan_gradient(logits, target, upstream, factor, grad)
         )
-        plan(*pointers)
+        plan(device, *pointers)
     return grad
 
 
 def statistics(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Saved]:
     """target_logit, complement_lse and negentropy, (rows) each (zero where ignored), and the saved rows."""
-    with _on_device_of(logits):
+    with _on(logits.get_device()):
         _, values, flat_target, state = _forward(logits, target, ignore_index, None, "none")
     target_logit, complement_lse, negentropy = (value.clone() for value in values.unbind())
     return target_logit, complement_lse, negentropy, (flat_target, state, values)
@@ -384,7 +388,7 @@ def value_and_gradient(
     values = torch.empty((3, num_rows), dtype=accumulation_dtype(logits.dtype), device=logits.device)
     if not num_rows:
         return values
-    with _on_device_of(logits):
+    with _on(logits.get_device()):
         value_and_gradient_kernel[(triton.cdiv(num_rows, tile.rows),)](
             logits, target.contiguous(), values if upstream is None else upstream, values, num_rows, num_classes,
             logits.stride(0), 0 if upstream is None else upstream.stride(0), ignore_index, *parameters,
@@ -418,7 +422,7 @@ def _value_then_gradient(
 ) -> Tensor:
     """For rows so few that several programs share one, and those that begin anywhere: the statistics, and then the
     gradient in place."""
-    with _on_device_of(logits):
+    with _on(logits.get_device()):
         _, values, flat_target, state = _forward(logits, target, ignore_index, None, "none")
     target_logit, _, negentropy = values.unbind()
     # As in statistics.finish. NaN where the target is out of range; where it is ignored, the state is infinite.
@@ -443,7 +447,7 @@ STATISTICS_STATE = 3  # shift, log2 s, S
 
 def row_loss(logits: Tensor, target: Tensor, ignore_index: int, objective: Objective) -> tuple[Tensor, Tensor]:
     """Row losses in the shape of the target, and the state, [LOSS_STATE, *target.shape]."""
-    with _on_device_of(logits):
+    with _on(logits.get_device()):
         _, values, _, state = _forward(logits, target, ignore_index, objective, "none")
     return values.view(target.shape), state.view(LOSS_STATE, *target.shape)
 

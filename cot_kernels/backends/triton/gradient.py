@@ -43,6 +43,24 @@ def complement_gradient(z, shift, log_total, slope, offset):
 
 
 @triton.jit
+def store_end(grad_pointers, start, num_classes, grad, BLOCK: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr):
+    """A tile in which the row begins or ends: whole accesses, and class by class the one at either end that is not.
+
+    Class by class throughout, an end would take a warp eight requests to memory in place of one.
+    """
+    columns = tl.arange(0, BLOCK)
+    classes = start + columns
+    inside = (classes >= 0) & (classes < num_classes)
+    if ALIGN > 1:
+        access = start + columns // VEC * VEC
+        whole = (access >= 0) & (access + VEC <= num_classes)
+        tl.store(grad_pointers + columns, grad, mask=whole)
+        tl.store(grad_pointers + columns, grad, mask=inside & (whole == 0))
+    else:
+        tl.store(grad_pointers + columns, grad, mask=inside)
+
+
+@triton.jit
 def write_tile(
     pointers,
     grad_pointers,
@@ -67,9 +85,7 @@ def write_tile(
     out_dtype: tl.constexpr = grad_pointers.dtype.element_ty
     columns = tl.arange(0, BLOCK)
     if log_total == float("inf"):  # ignored
-        classes = start + columns
-        mask = (classes >= 0) & (classes < num_classes)
-        tl.store(grad_pointers + columns, tl.zeros([BLOCK], out_dtype), mask=mask)
+        store_end(grad_pointers, start, num_classes, tl.zeros([BLOCK], out_dtype), BLOCK, VEC, ALIGN)
     elif is_interior(start, target, num_classes, BLOCK):
         z = widen(tl.load(pointers + columns, eviction_policy=EVICTION), dtype)
         tl.store(grad_pointers + columns, complement_gradient(z, shift, log_total, slope, offset).to(out_dtype))
@@ -79,12 +95,15 @@ def write_tile(
         at = tl.reshape(is_target(tl.full([1], target - start, tl.int32), 1, BLOCK, VEC), [BLOCK])
         tl.store(grad_pointers + columns, tl.where(at, at_target, grad).to(out_dtype))
     else:
-        classes = start + columns
-        mask = (classes >= 0) & (classes < num_classes)
-        z = widen(tl.load(pointers + columns, mask=mask, other=0.0, eviction_policy=EVICTION), dtype)
+        if ALIGN > 1:
+            access = start + columns // VEC * VEC
+            read = (access + VEC > 0) & (access < num_classes)
+        else:
+            read = (start + columns >= 0) & (start + columns < num_classes)
+        z = widen(tl.load(pointers + columns, mask=read, other=0.0, eviction_policy=EVICTION), dtype)
         grad = complement_gradient(z, shift, log_total, slope, offset)
-        grad = tl.where(classes == target, at_target, grad)
-        tl.store(grad_pointers + columns, grad.to(out_dtype), mask=mask)
+        grad = tl.where(start + columns == target, at_target, grad)
+        store_end(grad_pointers, start, num_classes, grad.to(out_dtype), BLOCK, VEC, ALIGN)
 
 
 @triton.jit

@@ -30,12 +30,6 @@ class Plans(dict[tuple[Any, ...], Plan], Generic[Plan]):
         return plan
 
 
-def _hooked() -> bool:
-    """Whether a profiler wants to be told of launches: Triton tells it."""
-    hook = knobs.runtime.launch_enter_hook
-    return hook is not None and bool(getattr(hook, "calls", True))
-
-
 class Prepared:
     """A launch of ``programs`` programs of a kernel whose arguments are pointers, then numbers, then constants.
 
@@ -43,7 +37,7 @@ class Prepared:
     its first launch was compiled to would be wrong for them.
     """
 
-    __slots__ = ("_arguments", "_compiled", "constants", "kernel", "numbers", "options", "programs")
+    __slots__ = ("_arguments", "_compiled", "_run", "constants", "kernel", "numbers", "options", "programs")
 
     def __init__(
         self, kernel: Any, programs: int, numbers: tuple[int | float, ...], constants: dict[str, Any], **options: int
@@ -51,18 +45,18 @@ class Prepared:
         self.kernel, self.programs, self.numbers = kernel, programs, numbers
         self.constants, self.options = constants, options
         self._compiled: Any = None
+        self._run: Any = None
         self._arguments: tuple[Any, ...] = ()
 
-    def __call__(self, *pointers: Tensor) -> None:
-        compiled = self._compiled
-        if compiled is None or _hooked():
-            self._first(pointers)
+    def __call__(self, device: int, *pointers: Tensor) -> None:
+        """``device``: the number of the current one, or -1."""
+        compiled, hook = self._compiled, knobs.runtime.launch_enter_hook
+        if compiled is None or (hook is not None and getattr(hook, "calls", True)):
+            self._first(pointers)  # with a profiler, whom Triton tells of launches, every time
             return
-        active = driver.active
-        stream = active.get_current_stream(active.get_current_device())
-        compiled.run(
-            self.programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
-            *map(Tensor.data_ptr, pointers), *self._arguments,
+        self._run(
+            self.programs, 1, 1, driver.active.get_current_stream(device), compiled.function, compiled.packed_metadata,
+            None, None, None, *map(Tensor.data_ptr, pointers), *self._arguments,
         )  # fmt: skip
 
     def _first(self, pointers: tuple[Tensor, ...]) -> None:
@@ -70,4 +64,5 @@ class Prepared:
         # None from the interpreter. On AMD a variant depends on the sizes of tensors too.
         if compiled is not None and torch.version.hip is None:
             constants = (self.constants[name] for name in self.kernel.arg_names if name in self.constants)
-            self._arguments, self._compiled = (*self.numbers, *constants), compiled
+            self._arguments, self._run = (*self.numbers, *constants), compiled.run
+            self._compiled = compiled
