@@ -337,9 +337,10 @@ def test_turns(rows: int, tiles: int) -> None:
     """Programs take several tiles in turn only where that leaves twice as many as keep a GPU busy."""
     long = Tile(rows=1, lanes=256, vec=8, align=8, warps=4, long=True)
     turns = launch.choose_turns(long, rows, tiles, 132)
-    assert 1 <= turns <= 4
+    even = -(-tiles // max(1, tiles // 4))  # no program has a few tiles that are left
+    assert 1 <= turns <= even < 8 and (tiles % 4 or even <= 4)
     assert turns == 1 or rows * tiles // turns >= 8 * 132
-    assert turns == 4 or rows * tiles < 5 * 8 * 132
+    assert turns == even or rows * tiles < (even + 1) * 8 * 132
     side_by_side = Tile(rows=1024, lanes=1, vec=2, align=1, warps=4, across=True)
     turns = launch.choose_turns(side_by_side, 1024 * rows, tiles, 132)
     assert 1 <= turns <= tiles
@@ -352,12 +353,12 @@ def test_rows_in_turn_leave_enough_warps(rows: int, classes: int) -> None:
     tile = _tile(matrix(classes, torch.bfloat16))
     turns = launch.choose_row_turns(tile, rows, 132)
     assert 1 <= turns <= tile.turns <= 32
-    assert turns == 1 or -(-rows // (turns * tile.rows)) * tile.warps >= 250 * 132
+    assert turns == 1 or -(-rows // (turns * tile.rows)) * tile.warps >= 125 * 132
     assert tile.turns * tile.rows <= max(32 * tile.warps, tile.rows)  # no more than a row a thread
     assert turns == tile.turns or rows < 10**7
     if not tile.long:  # nor does the backward pass leave fewer
         turns = launch.choose_turns(tile, rows, 1, 132)
-        assert 1 <= turns <= launch.ROW_TURNS
+        assert 1 <= turns <= (1 if classes > 8 else launch.ROW_TURNS)
         assert turns == 1 or -(-rows // (turns * tile.rows)) * tile.warps >= 250 * 132
 
 

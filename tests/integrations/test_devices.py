@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from integrations.loops import adam, by_norm, largest_gap, published_complement_entropy, sgd, two_step_loop
+from integrations.loops import by_norm, largest_gap, published_complement_entropy, sgd, two_step_loop
 from torch import Tensor, nn
 from torch.optim import Adam
 
@@ -204,8 +205,8 @@ def test_mixed_precision_on_a_gpu_learns(
     precision: str, classifier: Any, network: Any, rows: tuple[Tensor, Tensor], trainer: Any
 ) -> None:
     data = torch.utils.data.TensorDataset(rows[0].float(), rows[1])
-    module = classifier(network().float(), adam, ComplementObjectiveEngine())
-    fit = trainer(accelerator="gpu", precision=precision, max_epochs=200)
+    module = classifier(network().float(), partial(Adam, lr=0.1), ComplementObjectiveEngine())
+    fit = trainer(accelerator="gpu", precision=precision, max_epochs=80)
     fit.fit(module, torch.utils.data.DataLoader(data, batch_size=22))
     assert fit.callback_metrics["train_loss"] < 0.5
     assert module.complement_values[-1] < module.complement_values[0]

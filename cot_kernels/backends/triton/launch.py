@@ -11,11 +11,13 @@ SHORT_ROW = 4096
 # Programs to keep every multiprocessor busy: with fewer rows than this many a multiprocessor, rows are split.
 PROGRAMS_PER_MULTIPROCESSOR = 4
 
-# Warps of programs to a multiprocessor, eight times what it holds at once with 64 registers a thread, that are left
-# where rows are taken in turn: programs that start together end together, and the last ones leave others idle.
-WARPS_PER_MULTIPROCESSOR = 256
+# Warps of programs to a multiprocessor, several times what it holds at once, that are left where rows are taken in
+# turn: programs that start together end together, and the last ones leave others idle.
+WARPS_PER_MULTIPROCESSOR = 128
+WARPS_PER_MULTIPROCESSOR_BACKWARD = 256
 
-# Tiles of its row, and of whole rows, that a program of the backward pass takes in turn at most.
+# Tiles of its row that a program of the backward pass takes in turn, or fewer than twice as many where they do not come
+# out even; and of whole rows at most.
 TILE_TURNS = 4
 ROW_TURNS = 8
 
@@ -157,9 +159,13 @@ def choose_tile_across(
     """The tile where neighbours in memory are rows; see :func:`choose_tile`."""
     vec = 16 // itemsize
     if rows_adjoin:
-        # A thread takes as many rows as an access holds. With four classes at once the masks of half precision run out
-        # of AMD's scalar registers.
-        classes = 2 if warp == 64 and itemsize < 4 else 4
+        # A thread takes as many rows as an access holds. Forward eight classes at once ask for more memory; of fewer
+        # than two such turns too many places are none. With four the masks of half precision run out of AMD's scalar
+        # registers.
+        if warp == 64:
+            classes = 2 if itemsize < 4 else 4
+        else:
+            classes = 4 if backward or num_classes <= 16 or itemsize > 4 else 8
         return Tile(rows=128 * vec, lanes=1, vec=classes, align=1, warps=128 // warp, across=True)
     if inner < warp:
         return Tile(rows=128, lanes=1, vec=4, align=1, warps=128 // warp, across=True)
@@ -191,9 +197,14 @@ def choose_row_turns(tile: Tile, num_rows: int, multiprocessors: int) -> int:
 
 def choose_turns(tile: Tile, num_rows: int, tiles: int, multiprocessors: int) -> int:
     """Tiles of its row or rows that a program takes in turn, or where rows fit a tile, how often it takes rows:
-    several save instructions, and reading the state of many rows again, where enough programs are left."""
+    several save instructions, and reading the state of many rows again, where enough programs are left.
+
+    Rows that fit a tile are taken once: programs that come and go hide the latency of memory better than turns do. Only
+    of rows of a few classes, which are written class by class, the instructions count for more.
+    """
     programs = -(-num_rows // tile.rows) * tiles
     if not tile.long and not tile.across:
-        return max(1, min(ROW_TURNS, programs * tile.warps // (multiprocessors * WARPS_PER_MULTIPROCESSOR)))
-    most = TILE_TURNS if tile.long else tiles
+        warps = programs * tile.warps // (multiprocessors * WARPS_PER_MULTIPROCESSOR_BACKWARD)
+        return 1 if tile.heads or tile.align > 1 else max(1, min(ROW_TURNS, warps))
+    most = -(-tiles // max(1, tiles // TILE_TURNS)) if tile.long else tiles
     return max(1, min(most, programs // (multiprocessors * 2 * PROGRAMS_PER_MULTIPROCESSOR)))
