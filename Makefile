@@ -54,6 +54,8 @@ bench-gpu:  ## The benchmark suite on this GPU, in parts of less than ten minute
 	$(PYTHON) -m benchmarks --device cuda --part small --output benchmarks/results/gpu_small.json
 	$(PYTHON) -m benchmarks --device cuda --part widths --output benchmarks/results/gpu_widths.json
 	$(PYTHON) -m benchmarks --device cuda --part tokens --output benchmarks/results/gpu_tokens.json
+	$(PYTHON) -m benchmarks.kernels --output benchmarks/results/gpu_kernels.json --figure docs/performance/gpu_kernels.png
+	$(PYTHON) -m benchmarks.host --device cuda --output benchmarks/results/gpu_host.json
 	$(PYTHON) -m benchmarks.linear --device cuda --output benchmarks/results/gpu_linear.json
 	$(PYTHON) -m benchmarks.goals $(GPU_RESULTS)
 	$(PYTHON) -m benchmarks.plots $(GPU_RESULTS) --output docs/performance --prefix gpu_

@@ -161,10 +161,14 @@ def figures(results: Rows) -> dict[str, Figure]:
         drawn["memory"] = bars(held, "memory beside the logits", "peak / logits", memory)
     if small:
         drawn["latency"] = bars(small, "small problems, both passes", "microseconds", lambda row: row["p50"])
-    graphs = [row for row in timed(results, graph=True) if row["rows"] * row["classes"] <= most]
-    if graphs:
+    replayed = timed(results, graph=True)
+    if graphs := [row for row in replayed if row["rows"] * row["classes"] <= most]:
         title = "small problems in a CUDA graph, both passes"
         drawn["latency_graph"] = bars(graphs, title, "microseconds", lambda row: row["p50"])
+    graphs = [row for row in replayed if row["rows"] * row["classes"] > most and row["copy_share"] is not None]
+    if graphs:
+        title = "bandwidth of both passes in a CUDA graph: counted bytes / time"
+        drawn["roofline_graph"] = lines(graphs, title, "share of the copy's", lambda row: row["copy_share"])
     return drawn
 
 
@@ -209,6 +213,43 @@ def widths(results: Rows) -> Figure:
     axes.grid(color="0.9", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small", loc="lower right")
+    return drawing
+
+
+def kernels(results: Rows, predictions: Rows) -> Figure:
+    """Those of benchmarks/kernels.py, of rows that adjoin, beside what benchmarks/widths.py predicts in bfloat16."""
+    rows = [row for row in results if row["layout"] == "rows" and "both_share" in row]
+    dtypes = dtypes_of(rows)
+    drawing = Figure(figsize=(9.5, 1.0 + 2.9 * len(dtypes)), dpi=130, layout="constrained")
+    drawing.suptitle("measured, 2^28 logits", fontsize="medium")
+    panels = [row[0] for row in drawing.subplots(len(dtypes), 1, squeeze=False, sharex=True)]
+    for dtype, axes in zip(dtypes, panels, strict=True):
+        for name, color in (("forward", "#56B4E9"), ("backward", "#0072B2"), ("both", "#D55E00")):
+            for aligned, style in ((True, "-"), (False, "")):
+                found = [row for row in rows if row["dtype"] == dtype and aligned == (row["classes"] % 8 == 0)]
+                label = {"both": "both passes, with all launches"}.get(name, f"{name} kernel") if aligned else None
+                axes.plot(
+                    [row["classes"] for row in found], [row[f"{name}_share"] for row in found],
+                    color=color, linewidth=1.4, linestyle=style, marker="o" if aligned else "x", markersize=4,
+                    label=label,
+                )  # fmt: skip
+        axes.plot([], [], color="0.3", linestyle="", marker="x", markersize=4, label="classes not in whole accesses")
+        if dtype == "bf16":
+            for odd, style in ((False, "--"), (True, ":")):
+                some = [row for row in predictions if row["odd"] == odd]
+                label = f"predicted, both passes{', an odd number of classes' if odd else ''}"
+                axes.plot(
+                    [row["classes"] for row in some], [row["both"] for row in some],
+                    color="0.5", linewidth=1.0, linestyle=style, label=label,
+                )  # fmt: skip
+        axes.axhline(0.9, color="0.4", linewidth=0.8, linestyle="-.")
+        axes.set_title(dtype, loc="left", fontsize="medium")
+        axes.set(xscale="log", ylabel="share of a copy's bandwidth", ylim=(0, 1.1))
+        axes.grid(color="0.9", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize="small", loc="lower right")
+    panels[-1].set_xlabel("classes")
+    panels[-1].set_xticks([10, 100, 1000, 10000, 100000], ["10", "100", "1,000", "10,000", "100,000"])
     return drawing
 
 

@@ -17,6 +17,9 @@ ROOT = Path(__file__).parents[1]
 CPU_RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 ATEN_RESULTS = ROOT / "benchmarks" / "results" / "cpu_aten.json"  # built without a compiler
 GPU_RESULTS = [ROOT / "benchmarks" / "results" / f"gpu_{part}.json" for part in GPU_PARTS]
+GPU_KERNELS = ROOT / "benchmarks" / "results" / "gpu_kernels.json"
+GPU_VARIANTS = ROOT / "benchmarks" / "results" / "gpu_variants.json"
+GPU_HOST = ROOT / "benchmarks" / "results" / "gpu_host.json"
 STARTUP_RESULTS = ROOT / "benchmarks" / "results" / "startup.json"
 DISPATCH_RESULTS = ROOT / "benchmarks" / "results" / "dispatch.json"
 LINEAR_RESULTS = ROOT / "benchmarks" / "results" / "linear.json"
@@ -36,6 +39,105 @@ def aten_table() -> str:
 
 def gpu_goals_table() -> str:
     return goals.table(goals.rows_of([file for file in GPU_RESULTS if file.exists()]))
+
+
+def gpu_table() -> str:
+    """Both passes of the suite's cases in replays of a CUDA graph, where the device waits for nothing."""
+    reports = [json.loads(file.read_text()) for file in GPU_RESULTS]
+    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in (row for report in reports for row in report["results"]):
+        if (row["mode"], row["upstream"], row["status"], row["graph"]) == ("both", 0.37, "ok", True):
+            found.setdefault((row["case"], row["dtype"]), {})[row["provider"]] = row
+    lines = [
+        "| rows x classes | | complement_entropy, us | share of a copy's bandwidth | complement_cross_entropy, us "
+        "| F.cross_entropy / ours | published / ours |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for (case, dtype), rows in found.items():
+        if not (ours := rows.get("complement_entropy")):
+            continue
+        both = rows.get("complement_cross_entropy")
+        others = [rows.get(name) for name in ("F.cross_entropy", "published")]
+        ratios = (f"{other['p50'] / ours['p50']:.1f}" if other else "" for other in others)
+        together = f"{both['p50']:.1f}" if both else ""
+        lines.append(
+            f"| {case} | {dtype} | {ours['p50']:.1f} | {ours['copy_share']:.2f} | {together} | {' | '.join(ratios)} |"
+        )
+    return "\n".join([*lines, "", gpu_note(reports[0]["environment"], "gpu_{small,widths,tokens}.json")])
+
+
+def gpu_note(about: dict[str, Any], files: str) -> str:
+    driver = f"driver {about['driver']}, " if about["driver"] else ""
+    where = f"{about['device']}, {driver}torch {about['torch']}, Triton {about['triton']}"
+    return f"{where}, at {about['commit']}; `benchmarks/results/{files}`."
+
+
+def gpu_kernels_table() -> str:
+    """Measured shares of a copy's bandwidth, and the predicted one of both passes where there is one."""
+    report = json.loads(GPU_KERNELS.read_text())
+    predicted = {
+        (layout if layout == "class-major" else "rows", classes, "bf16"): both_passes(*each.values())
+        for (layout, classes), each in h200_shares().items()
+        if len(each) == 2
+    }
+    lines = [
+        "| | classes | forward | backward | both passes | predicted |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in report["results"]:
+        expected = predicted.get((row["layout"], row["classes"], row["dtype"]))
+        said = "" if expected is None else f"{expected:.2f}"
+        shares = " | ".join(f"{row[f'{name}_share']:.2f}" for name in ("forward", "backward", "both"))
+        lines.append(f"| {row['dtype']}, {row['layout']} | {row['classes']:,} | {shares} | {said} |")
+    return "\n".join([*lines, "", gpu_note(report["environment"], GPU_KERNELS.name)])
+
+
+def h200_shares() -> dict[tuple[str, int], dict[str, float]]:
+    """Predicted for an H200, of each kernel, in bfloat16."""
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for report in kernel_reports(target="sm_90", dtype="bf16", few=False, call="mean"):
+        share = next(each for each in report["predicted"] if each["gpu"] == "H200")["share"]
+        if not report["case"]["layout"].endswith(("sliced", "class-major, odd")):
+            found.setdefault((report["case"]["layout"], report["case"]["classes"]), {})[report["kernel"]] = share
+    return found
+
+
+def gpu_variants_table() -> str:
+    """How many times as fast each change to the tiles made the kernels, over the class counts it was tried at."""
+    report = json.loads(GPU_VARIANTS.read_text())
+    found: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for row in report["results"]:
+        # Those at the other commit were of half as many logits, where waves of programs count for more.
+        if row["commit"] != "27bd3ff" or "; " in row["change"]:
+            continue
+        ratios = found.setdefault((row["change"], row["dtype"], row["layout"]), {"classes": []})
+        ratios["classes"].append(row["classes"])
+        for name in ("loss", "backward"):
+            ratios.setdefault(name, []).append(row[f"before_{name}_us"] / row[f"{name}_us"])
+    lines = ["| change | | classes | loss | gradient |", "|---|---|---:|---:|---:|"]
+    for (change, dtype, layout), ratios in found.items():
+        classes = f"{min(ratios['classes']):,} to {max(ratios['classes']):,}".replace("128,256 to 128,256", "128,256")
+        ranges = " | ".join(f"{min(ratios[name]):.2f} to {max(ratios[name]):.2f}" for name in ("loss", "backward"))
+        lines.append(f"| {change} | {dtype}, {layout} | {classes} | {ranges} |")
+    return "\n".join([*lines, "", gpu_note(report["environment"], GPU_VARIANTS.name)])
+
+
+def gpu_host_table() -> str:
+    """Microseconds of the host, forward and both passes, before and after launches were prepared."""
+    report = json.loads(GPU_HOST.read_text())
+    rows = report["results"]
+    commits = list(dict.fromkeys(row["commit"] for row in rows))
+    lines = [
+        "| rows x classes | | " + " | ".join(f"{commit}: forward | both" for commit in commits) + " |",
+        "|---|---|" + "---:|" * (2 * len(commits)),
+    ]
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        place = (f"{row['rows']} x {row['classes']}, {row['dtype']}", row["loss"])
+        found.setdefault(place, {})[row["commit"]] = f"{row['forward']:.0f} | {row['both']:.0f}"
+    for (case, loss), cells in found.items():
+        lines.append(f"| {case} | {loss} | {' | '.join(cells.get(commit, ' | ') for commit in commits)} |")
+    return "\n".join([*lines, "", gpu_note(report["environment"], GPU_HOST.name)])
 
 
 def suite_table(results: Path) -> str:
@@ -305,7 +407,11 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "performance.md": {
         "goals": goals_table,
         "aten": aten_table,
+        "gpu": gpu_table,
         "gpu-goals": gpu_goals_table,
+        "gpu-kernels": gpu_kernels_table,
+        "gpu-variants": gpu_variants_table,
+        "gpu-host": gpu_host_table,
         "both": both_table,
         "startup": startup_table,
     },

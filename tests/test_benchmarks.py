@@ -260,7 +260,7 @@ def results() -> list[dict[str, Any]]:
 def test_figures(results: list[dict[str, Any]], tmp_path: Path) -> None:
     plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
     drawn = plots.figures(results)
-    assert set(drawn) == {"roofline", "speedup", "memory", "latency", "latency_graph"}
+    assert set(drawn) == {"roofline", "roofline_graph", "speedup", "memory", "latency", "latency_graph"}
     for name, figure in drawn.items():
         assert [axes.get_title(loc="left") for axes in figure.axes] == ["fp32", "bf16"], name
         plots.write(figure, tmp_path / f"{name}.png")
@@ -479,7 +479,7 @@ def test_gpu_goals_are_judged_by_the_worst_case() -> None:
     [
         (("cpu",), ("128 x 10",), "of one GPU, got cpu"),
         (("NVIDIA A", "NVIDIA B"), ("128 x 10", "256 x 100"), "of one GPU, got NVIDIA A, NVIDIA B"),
-        (("NVIDIA A", "NVIDIA A"), ("128 x 10", "128 x 10"), "each case in one file, got 128 x 10 in"),
+        (("NVIDIA A", "NVIDIA A"), ("128 x 10", "128 x 10"), "each case in one file, got 128 x 10, bf16 in"),
     ],
 )
 def test_goals_compare_what_can_be_compared(

@@ -1,0 +1,146 @@
+"""The kernels alone on a GPU, against the number of classes: what the predictions of :mod:`.widths` are held against.
+
+``python -m benchmarks.kernels --output FILE`` times, between CUDA events, launches of the statistics and of the
+gradient kernel for 2^28 logits: rows that adjoin, and class-major logits of 512 x 512 places. Of each it says the share
+of the bandwidth of the fastest copy in the same run: one read forward, a read and a write backward; of both passes with
+all launches of the loss, three passes over the logits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import timing
+from benchmarks.arguments import device_argument, duration, output_file
+from benchmarks.cases import DTYPES
+from benchmarks.environment import ROOT, environment, write_results
+from benchmarks.progress import progress
+from benchmarks.runner import Settings, copy_bandwidth, message_of
+from cot_kernels.objectives import ComplementEntropyObjective
+
+LOGITS = 1 << 28
+PLACES = 512 * 512
+ROWS = (
+    10, 13, 21, 32, 33, 64, 100, 101, 128, 256, 257, 512, 1000, 1001, 2000, 2035, 2056, 3000, 4096, 8192, 16384, 32000,
+    50257, 50264, 50304, 128256,
+)  # fmt: skip
+CLASS_MAJOR = (10, 21, 150)
+LAYOUTS = {"rows": ROWS, "class-major": CLASS_MAJOR}
+GPU_DTYPES = ("bf16", "fp32")
+MINUTES = 9.0
+
+Case = tuple[str, int, str]  # layout, classes, dtype
+
+
+def shape_of(layout: str, classes: int, logits: int = LOGITS) -> tuple[int, ...]:
+    """As near to so many logits as whole rows come, or planes."""
+    if layout == "rows":
+        return max(1, logits // classes), classes
+    return max(1, logits // (classes * PLACES)), classes, PLACES
+
+
+def measure(case: Case, device: torch.device, seconds: float, bandwidth: float) -> dict[str, Any]:
+    """Medians of microseconds, and shares of the bandwidth, in bytes a second."""
+    from cot_kernels.backends.triton import backend
+
+    layout, classes, dtype = case
+    shape = shape_of(layout, classes)
+    logits = torch.randn(shape, device=device).to(DTYPES[dtype])
+    target = torch.randint(classes, shape[:1] + shape[2:], device=device)
+    objective = ComplementEntropyObjective(1.0, 1e-7)
+    upstream = torch.ones((), device=device)
+    backend.forward_plans.clear()
+    backend.gradient_plans.clear()
+    _, saved = backend.loss(logits, target, -100, objective, "mean")
+    gradient = backend.gradient(logits, saved, upstream)
+    (forward,), (backward,) = backend.forward_plans.values(), backend.gradient_plans.values()
+    flat, state, values = saved
+    assert flat is not None and state is not None and values is not None and forward.parts is None
+    sums = values.new_empty(forward.values)
+    index = logits.get_device()
+    steps = {
+        "forward": lambda _: forward.rows[0](index, logits, flat, state, sums),
+        "backward": lambda _: backward(index, logits, flat, state, upstream, values, gradient),
+        "loss": lambda _: backend.loss(logits, target, -100, objective, "mean"),
+    }
+    times = {name: timing.quantile(timing.device_times(step, 1, seconds), 0.5) for name, step in steps.items()}
+    size = logits.numel() * logits.itemsize
+    return {
+        "layout": layout,
+        "classes": classes,
+        "dtype": dtype,
+        "rows": target.numel(),
+        **{f"{name}_us": round(taken * 1e6, 2) for name, taken in times.items()},
+        "forward_share": round(size / times["forward"] / bandwidth, 4),
+        "backward_share": round(2 * size / times["backward"] / bandwidth, 4),
+        "both_share": round(3 * size / (times["loss"] + times["backward"]) / bandwidth, 4),
+    }
+
+
+def run(
+    cases: Sequence[Case], device: torch.device, seconds: float, bandwidth: float, deadline: float
+) -> Iterator[dict[str, Any]]:
+    """A row a case; one that fails, or for which no time is left, says so and costs no other."""
+    with progress(len(cases)) as advance:
+        for case in cases:
+            advance("{}, {} classes, {}".format(*case))
+            about = dict(zip(("layout", "classes", "dtype"), case, strict=True))
+            if time.monotonic() > deadline:
+                yield {**about, "message": "out of time"}
+                continue
+            try:
+                yield measure(case, device, seconds, bandwidth)
+            except Exception as error:  # out of memory, or whatever a compiler raises
+                yield {**about, "message": message_of(error)}
+            torch.cuda.empty_cache()
+
+
+def draw(results: Sequence[dict[str, Any]], device: str, path: Path) -> None:
+    """Beside the predictions for that GPU, where the committed ones have it."""
+    from benchmarks.plots import kernels, write  # Matplotlib: only where a figure is wanted
+
+    predictions = json.loads((ROOT / "benchmarks" / "results" / "widths.json").read_text())["results"]
+    write(kernels(results, [row for row in predictions if row["gpu"] in device.split()]), path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=output_file, help="JSON file to write")
+    parser.add_argument("--figure", type=output_file, help="PNG file to write")
+    parser.add_argument("--device", type=device_argument, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="only this one (may be repeated)")
+    parser.add_argument("--seconds", type=duration, default=0.05, help="of a measurement")
+    parser.add_argument("--minutes", type=duration, default=MINUTES, help="start nothing after this long")
+    options = parser.parse_args(arguments)
+    device: torch.device = options.device
+    if device.type != "cuda":
+        parser.error("measures a GPU, and PyTorch sees none here: benchmarks.widths predicts without one")
+    deadline = time.monotonic() + 60 * options.minutes
+    copy = copy_bandwidth(Settings(device, options.seconds, 1, 1 << 30))
+    cases = [
+        (layout, classes, dtype)
+        for dtype in options.dtype or GPU_DTYPES
+        for layout, widths in LAYOUTS.items()
+        for classes in widths
+    ]
+    results = list(run(cases, device, options.seconds, copy["roof"] * 1e9, deadline))
+    if options.output:
+        write_results(options.output, {**environment(1, device), "copy_gbps": round(copy["roof"])}, results)
+    if options.figure:
+        draw(results, torch.cuda.get_device_name(device), options.figure)
+    for row in results:
+        said = row.get("message") or " ".join(
+            f"{name} {row[f'{name}_share']:.2f}" for name in ("forward", "backward", "both")
+        )
+        print(f"{row['dtype']}, {row['layout']}, {row['classes']} classes: {said}")
+
+
+if __name__ == "__main__":
+    main()
