@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import __main__ as suite
-from benchmarks import correctness, goals, growth, linear, resources, runner, startup, timing
+from benchmarks import correctness, goals, growth, host, kernels, linear, resources, runner, startup, timing
 from benchmarks.cases import Case
 from benchmarks.providers import PROVIDERS, Provider
 from benchmarks.runner import Row, Settings
@@ -339,6 +339,73 @@ def test_nothing_is_started_after_the_deadline() -> None:
         (runner.COPY, "skipped", runner.LATE),
         ("measured", "skipped", runner.LATE),
     ]
+
+
+def test_one_dtype_is_measured_after_the_other() -> None:
+    """Where time runs out, no case is missing in the first."""
+    cases = (CASE, Case(4, 3))
+    report = runner.run(cases, ["bf16", "fp32"], [provider(F.cross_entropy)], SETTINGS, lambda _: None, lambda _: None)
+    order = list(dict.fromkeys((row.dtype, row.case) for row in report["results"]))
+    assert order == [(dtype, case.name) for dtype in ("bf16", "fp32") for case in cases]
+
+
+def test_launches_are_counted_of_what_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And last, for what counts them slows what is timed after it."""
+    right = provider(F.cross_entropy)
+    wrong = Provider("wrong", lambda: lambda logits, target: F.cross_entropy(logits, target) + 1, cross_entropy_sum)
+    report = runner.run([CASE], ["fp32"], [right, wrong], SETTINGS, lambda _: None, lambda _: None)
+    rows = report["results"]
+    assert {row.launches for row in rows} == {None}
+    counted: list[str] = []
+
+    def launches(step: Callable[[], object]) -> int:
+        step()
+        counted.append("once")
+        return 7
+
+    monkeypatch.setattr(resources, "launches", launches)
+    late = dataclasses.replace(SETTINGS, deadline=0.0)
+    runner._count_launches(rows, [CASE], ["fp32"], [right, wrong], late)
+    assert not counted
+    runner._count_launches(rows, [CASE], ["fp32"], [right, wrong], SETTINGS)
+    assert counted == ["once"]
+    assert {(row.provider, row.launches) for row in rows} == {(runner.COPY, None), ("measured", 7), ("wrong", None)}
+
+
+def test_what_a_call_costs_the_host(tmp_path: Path) -> None:
+    output = tmp_path / "host.json"
+    host.main(["--device", "cpu", "--seconds", "0.001", "--output", str(output)])
+    rows = json.loads(output.read_text())["results"]
+    assert [row["loss"] for row in rows] == [*host.LOSSES] * len(host.PROBLEMS)
+    assert all(row["forward"] > 0 and row["both"] > 0 for row in rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_kernels_are_timed_on_a_gpu_only(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        kernels.main([])
+    assert "measures a GPU, and PyTorch sees none here" in capsys.readouterr().err
+
+
+def test_kernels_have_as_many_logits_whatever_the_classes() -> None:
+    for layout, widths in kernels.LAYOUTS.items():
+        for classes in widths:
+            shape = kernels.shape_of(layout, classes)
+            assert shape[1] == classes and 0.8 < torch.Size(shape).numel() / kernels.LOGITS <= 1.0, shape
+
+
+def test_measured_kernels_are_drawn() -> None:
+    """Of the committed results, with the predictions for that GPU."""
+    plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
+    folder = Path(startup.__file__).parent / "results"
+    rows = json.loads((folder / "gpu_kernels.json").read_text())["results"]
+    predictions = [row for row in json.loads((folder / "widths.json").read_text())["results"] if row["gpu"] == "H200"]
+    figure = plots.kernels(rows, predictions)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["fp32", "bf16"]
+    lines = {line.get_label(): line for line in figure.axes[1].lines}
+    both = [row for row in rows if (row["dtype"], row["layout"]) == ("bf16", "rows") and row["classes"] % 8 == 0]
+    assert list(lines["both passes, with all launches"].get_ydata()) == [row["both_share"] for row in both]
+    assert len(lines["predicted, both passes"].get_xdata()) > 20
 
 
 def test_linear_losses_after_the_deadline_are_skipped() -> None:
