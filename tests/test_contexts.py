@@ -83,10 +83,15 @@ def test_another_default_device(case: Case) -> None:
     assert {each.device.type for each in (loss, linear, *statistics)} == {"cpu"}
 
 
-def test_hooks_on_saved_tensors_may_change_how_they_lie(device: torch.device) -> None:
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_hooks_on_saved_tensors_may_change_how_they_lie(reduction: str, device: torch.device) -> None:
     logits, target = draw(6, 9, 1.0)
-    leaf = logits.float().to(device).requires_grad_()
-    expected = torch.autograd.grad(cot_kernels.complement_entropy(leaf, target.to(device)), leaf)[0]
+    leaf, target = logits.float().to(device).requires_grad_(), target.to(device)
+
+    def loss_of() -> Tensor:
+        return cot_kernels.complement_entropy(leaf, target, reduction=reduction).sum()
+
+    expected = torch.autograd.grad(loss_of(), leaf)[0]
 
     def turned(tensor: Tensor) -> Tensor:
         return tensor.transpose(0, -1).contiguous() if tensor.dim() > 1 else tensor
@@ -94,9 +99,16 @@ def test_hooks_on_saved_tensors_may_change_how_they_lie(device: torch.device) ->
     def back(tensor: Tensor) -> Tensor:
         return tensor.transpose(0, -1) if tensor.dim() > 1 else tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(turned, back):
-        loss = cot_kernels.complement_entropy(leaf, target.to(device))
-    torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], expected)
+    def apart(tensor: Tensor) -> Tensor:
+        """Each number beside one that is not to be read."""
+        wide = torch.full((*tensor.shape, 2), -1, dtype=tensor.dtype, device=tensor.device)
+        wide[..., 0] = tensor
+        return wide[..., 0]
+
+    for pack, unpack in ((turned, back), (lambda tensor: tensor, apart)):
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            loss = loss_of()
+        torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], expected)
 
 
 def test_hooks_on_saved_tensors_that_give_back_something_else() -> None:

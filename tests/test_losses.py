@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
@@ -123,6 +124,31 @@ def test_classes_at_the_floor_are_absent_from_an_empty_complement(device: torch.
     sums = [statistics.negentropy, statistics.complement_lse]
     (gradient,) = torch.autograd.grad(sums, logits, [torch.ones_like(each) for each in sums])
     assert gradient.abs().sum().item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_classes_above_the_floor_are_there(dtype: torch.dtype, device: torch.device) -> None:
+    logits = torch.full((1, 4), -9.99e29, dtype=dtype, device=device).requires_grad_()
+    loss = cot_kernels.cross_entropy(logits, torch.ones(1, dtype=torch.int64, device=device))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.item() == pytest.approx(math.log(4))
+    torch.testing.assert_close(gradient.cpu(), torch.tensor([[0.25, -0.75, 0.25, 0.25]], dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(2, 40000), (2, 3000), (300, 3000), (4, 70), (2, 7, 40), (2, 70, 33)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_largest_logits_there_are(dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+    """Of a running sum that a class of 3e38 makes nothing, not even a product with it may overflow."""
+    logits = torch.zeros(shape, dtype=dtype)
+    logits[:, 1] = logits[:, -2] = 3e38
+    logits[:, 2] = -3e38
+    leaf = logits.to(device).requires_grad_()
+    target = torch.zeros(shape[:1] + shape[2:], dtype=torch.int64, device=device)
+    statistics = cot_kernels.complement_statistics(leaf, target)
+    torch.testing.assert_close(statistics.negentropy.cpu(), torch.full(target.shape, -math.log(2)))
+    loss = cot_kernels.complement_entropy(leaf, target, normalization="none", reduction="sum")
+    assert loss.item() == pytest.approx(-math.log(2) * target.numel(), rel=1e-5)
+    assert torch.autograd.grad(loss, leaf)[0].abs().max().item() < 1e-6
 
 
 def test_equal_logits(device: torch.device) -> None:

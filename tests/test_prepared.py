@@ -30,7 +30,7 @@ class Kernel:
             bound = dict(zip(self.arg_names, arguments, strict=False))
             bound |= {name: options.pop(name) for name in self.arg_names if name in options}
             assert set(options) <= {"num_warps", "maxnreg"}
-            assert list(bound) == self.arg_names, "all, in their order: constants last"
+            assert tuple(bound) == tuple(self.arg_names), "all, in their order: constants last"
             given = (each.data_ptr() if isinstance(each, Tensor) else each for each in bound.values())
             self.told.append(("first", self.kernel.__name__, (*grid, *given)))
             return self
@@ -100,15 +100,34 @@ def test_whatever_decides_for_another_variant_has_a_launch_of_its_own(
         assert {way for way, *_ in told} == {"again"}, options
 
 
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
 def test_a_profiler_hears_of_every_launch(
-    told: list[tuple[str, str, tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch
+    hook: str, told: list[tuple[str, str, tuple[Any, ...]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Triton itself tells hooks: with one, launches are left to it."""
     call((4, 6), "mean")
-    monkeypatch.setattr(prepared.knobs.runtime, "launch_enter_hook", lambda metadata: None)
+    monkeypatch.setattr(prepared.knobs.runtime, hook, lambda metadata: None)
     told.clear()
-    call((4, 6), "mean")
+    for _ in range(2):
+        call((4, 6), "mean")
     assert {way for way, *_ in told} == {"first"}
+
+
+def test_what_a_profiler_launched_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be an instrumented variant, which needs what only the profiler gives it."""
+    told: list[tuple[str, str, tuple[Any, ...]]] = []
+
+    class Plain:
+        __name__, arg_names = "plain", ("pointer", "number")
+
+    launch_of_plain = Prepared(Kernel(Plain(), told), 3, (5,), {})
+    with monkeypatch.context() as profiled:
+        profiled.setattr(prepared.knobs.runtime, "launch_enter_hook", lambda metadata: None)
+        launch_of_plain(-1, torch.zeros(2))
+    monkeypatch.setattr(driver, "_active", launches.Driver("sm_90"))
+    for _ in range(2):
+        launch_of_plain(-1, torch.zeros(2))
+    assert [way for way, *_ in told] == ["first", "first", "again"]
 
 
 def test_on_amd_every_launch_is_left_to_triton(

@@ -311,7 +311,8 @@ def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None
     """
     target, state, factor = saved
     assert target is not None and state is not None
-    target, state = target.contiguous(), state.contiguous()  # hooks on saved tensors may have changed how they lie
+    # Hooks on saved tensors may have changed how they lie.
+    target, state, factor = target.contiguous(), state.contiguous(), None if factor is None else factor.contiguous()
     logits, upstream = logits.resolve_neg(), upstream.resolve_neg()
     begin, device = logits.data_ptr() % launch.LINE, logits.get_device()
     if grad is None:
@@ -324,7 +325,8 @@ def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None
     begins = [each.data_ptr() % 16 for each in pointers]
     key = (
         logits.shape, logits.stride(), logits.dtype, begin, device, grad.stride(), target.dtype,
-        upstream.shape, upstream.stride(), upstream.dtype, factor is None or factor.numel(), any(begins) and (*begins,),
+        upstream.shape, upstream.stride(), upstream.dtype, 0 if factor is None else factor.numel(),
+        any(begins) and (*begins,),
     )  # fmt: skip
     with _on(device):
         plan = gradient_plans.get(key) or gradient_plans.keep(

@@ -24,6 +24,7 @@ from cot_kernels.backends.triton.tiles import (
     ACCESS,
     FLOOR,
     LOG2E,
+    NOTHING,
     base_across,
     by_row,
     first_classes,
@@ -41,9 +42,9 @@ from cot_kernels.backends.triton.tiles import (
 
 @triton.jit
 def merge(shift, total, moment, axis: tl.constexpr):
-    """Merges the running statistics along an axis."""
+    """Merges the running statistics along an axis. A gap stops where nothing is left: no product with it overflows."""
     merged = tl.max(shift, axis)
-    gap = (shift - tl.expand_dims(merged, axis)) * LOG2E
+    gap = tl.maximum((shift - tl.expand_dims(merged, axis)) * LOG2E, NOTHING)
     weight = tl.exp2(gap)
     return merged, tl.sum(total * weight, axis), tl.sum(weight * (moment + gap * total), axis)
 
@@ -60,7 +61,7 @@ def fold(z, shift, total, moment, axis: tl.constexpr):
     raised = tl.maximum(shift, tl.max(z, axis))
     y = finite((z - tl.expand_dims(raised, axis)) * LOG2E)
     weight = tl.exp2(y)
-    gap = (shift - raised) * LOG2E
+    gap = tl.maximum((shift - raised) * LOG2E, NOTHING)
     rescale = tl.exp2(gap)
     moment = rescale * (moment + gap * total) + tl.sum(weight * y, axis)
     return raised, rescale * total + tl.sum(weight, axis), moment

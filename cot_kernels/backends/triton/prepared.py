@@ -30,6 +30,11 @@ class Plans(dict[tuple[Any, ...], Plan], Generic[Plan]):
         return plan
 
 
+def _wanted(hook: Any) -> bool:
+    """A hook of Triton's; from 3.5 on there always is one, which may have nobody to tell."""
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
 class Prepared:
     """A launch of ``programs`` programs of a kernel whose arguments are pointers, then numbers, then constants.
 
@@ -50,19 +55,21 @@ class Prepared:
 
     def __call__(self, device: int, *pointers: Tensor) -> None:
         """``device``: the number of the current one, or -1."""
-        compiled, hook = self._compiled, knobs.runtime.launch_enter_hook
-        if compiled is None or (hook is not None and getattr(hook, "calls", True)):
-            self._first(pointers)  # with a profiler, whom Triton tells of launches, every time
+        compiled = self._compiled
+        if compiled is None or _wanted(knobs.runtime.launch_enter_hook) or _wanted(knobs.runtime.launch_exit_hook):
+            self._by_triton(pointers)
             return
         self._run(
             self.programs, 1, 1, driver.active.get_current_stream(device), compiled.function, compiled.packed_metadata,
             None, None, None, *map(Tensor.data_ptr, pointers), *self._arguments,
         )  # fmt: skip
 
-    def _first(self, pointers: tuple[Tensor, ...]) -> None:
+    def _by_triton(self, pointers: tuple[Tensor, ...]) -> None:
+        """The first time; and every time where a profiler wants to be told, whose variant is not kept: it may be an
+        instrumented one. None comes from the interpreter. On AMD a variant depends on the sizes of tensors too."""
+        told = _wanted(knobs.runtime.launch_enter_hook) or _wanted(knobs.runtime.launch_exit_hook)
         compiled = self.kernel[(self.programs,)](*pointers, *self.numbers, **self.constants, **self.options)
-        # None from the interpreter. On AMD a variant depends on the sizes of tensors too.
-        if compiled is not None and torch.version.hip is None:
+        if compiled is not None and not told and torch.version.hip is None:
             constants = (self.constants[name] for name in self.kernel.arg_names if name in self.constants)
             self._arguments, self._run = (*self.numbers, *constants), compiled.run
             self._compiled = compiled

@@ -9,8 +9,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 # A logit at or below the floor has probability zero, as has a masked one at -inf, for which 0 * -inf would be NaN.
-# -9.5e29, of few digits: Triton takes a constant for a float32, and -1e30 would be less than its float64 self.
-FLOOR = tl.constexpr(-1.5 * 2.0**99)
+# The float32 above -1e30: Triton takes a constant for a float32, and the nearest one lies below a float64 of -1e30.
+FLOOR = tl.constexpr(-9.999999394896025e29)
 
 # Of the accesses of a thread, and of what an L2 cache moves and keeps.
 ACCESS = tl.constexpr(16)
