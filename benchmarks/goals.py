@@ -102,15 +102,14 @@ def table(rows: Sequence[Row]) -> str:
         "|---|---:|---:|---|---:|---|---:|---|---:|",
     ]
     for each, replayed in zip(verdicts(rows), verdicts(rows, graph=True), strict=True):
-        lines.append(
-            f"| {each.goal.text} | {each.goal.least:.2f} | {_found(each)} | {each.said} | {_found(replayed)} |"
-        )
+        said = each.said.partition(":")[0]  # what for stands with where
+        lines.append(f"| {each.goal.text} | {each.goal.least:.2f} | {_found(each)} | {said} | {_found(replayed)} |")
     return "\n".join(lines)
 
 
 def _found(verdict: Verdict) -> str:
     worst = "" if verdict.worst is None else f"{verdict.worst:.2f}"
-    return f"{worst} | {verdict.where} | {verdict.cases}"
+    return f"{worst} | {'; '.join(filter(None, (verdict.where, verdict.broken)))} | {verdict.cases}"
 
 
 def rows_of(files: Sequence[Path]) -> list[Row]:
