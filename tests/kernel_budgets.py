@@ -51,8 +51,8 @@ NVIDIA = {
         "short": Budget(34, 0, 211, 12),
         "tiny, odd": Budget(61.5, 0, 202, 11),
         "short, odd": Budget(33, 0, 203, 8),
-        "long": Budget(20.5, 450, 60, 32),
-        "long, odd": Budget(20.5, 360, 60, 32),
+        "long": Budget(20.5, 450, 62, 32),
+        "long, odd": Budget(20.5, 370, 62, 32),
     },
 }
 
@@ -67,12 +67,12 @@ AMD = {
         "short, sliced": Budget(17.5, 240, 61, 128),
         "long": Budget(13, 460, 42, 32),
         "long, odd": Budget(13, 420, 42, 32),
-        "class-major": Budget(15, 1100, 72, 56),
+        "class-major": Budget(15.5, 1100, 74, 48),
         "class-major, odd": Budget(15.5, 480, 61, 64),
     },
     "split": {
-        "long": Budget(12.5, 340, 34, 32),
-        "long, odd": Budget(12.5, 340, 34, 32),
+        "long": Budget(13, 340, 34, 32),
+        "long, odd": Budget(13, 340, 34, 32),
     },
     "gradient": {
         "tiny": Budget(28.5, 0, 54, 64),
@@ -91,7 +91,7 @@ AMD = {
         "short": Budget(40, 0, 94, 64),
         "tiny, odd": Budget(55.5, 0, 75, 64),
         "short, odd": Budget(42, 0, 96, 64),
-        "long": Budget(30, 400, 63, 32),
-        "long, odd": Budget(30, 400, 63, 32),
+        "long": Budget(30, 410, 63, 32),
+        "long, odd": Budget(30, 410, 63, 32),
     },
 }
