@@ -62,8 +62,8 @@ class ComplementEntropyObjective:
             # The target's own logit does not matter, unless it is NaN.
             constant = torch.full_like(negentropy, self.scale).masked_fill(log_odds.isnan(), math.nan)
             return RowValues(negentropy * constant, torch.zeros_like(negentropy), constant)
-        # eps / (1 - p) = eps + x, so u = 1 / v. Where x would overflow u is nothing, and its limit is as good; where the
-        # complement is empty it is exactly 0.
+        # eps / (1 - p) = eps + x, so u = 1 / v. Where x would overflow u is nothing, and its limit is as good; of an
+        # empty complement it is exactly 0.
         largest = math.log(torch.finfo(log_odds.dtype).max / (4 * max(self.eps, 1.0)))
         x = torch.exp(-log_odds.clamp(min=-largest)) * self.eps
         v = x + (1 + self.eps)
