@@ -39,11 +39,11 @@ MINUTES = 9.0
 Case = tuple[str, int, str]  # layout, classes, dtype
 
 
-def shape_of(layout: str, classes: int, logits: int = LOGITS) -> tuple[int, ...]:
+def shape_of(layout: str, classes: int) -> tuple[int, ...]:
     """As near to so many logits as whole rows come, or planes."""
     if layout == "rows":
-        return max(1, logits // classes), classes
-    return max(1, logits // (classes * PLACES)), classes, PLACES
+        return max(1, LOGITS // classes), classes
+    return max(1, LOGITS // (classes * PLACES)), classes, PLACES
 
 
 def measure(case: Case, device: torch.device, seconds: float, bandwidth: float) -> dict[str, Any]:

@@ -200,23 +200,18 @@ def _plan_forward(
         limit = _register_limit(tile) if logits.itemsize == 4 and tile.turns == 1 else {}
         rows = (Prepared(statistics_kernel, blocks, (*numbers, turns), constants, num_warps=tile.warps, **limit),)
 
+    state, parts = (5, num_rows), (3, num_rows, splits) if splits > 1 else None
     if not reduces:
-        values: tuple[int, ...] = (1 if objective is not None else 3, num_rows)
-        return _Forward(dtype, (5, num_rows), values, (3, num_rows, splits) if splits > 1 else None, rows, 0, ())
-    folded = triton.cdiv(blocks, launch.FOLD_BLOCK) if blocks > launch.FOLD_BLOCK else 0
-    last = Prepared(
-        reduce_kernel, 1, (folded or blocks,), {"MEAN": reduction == "mean", "BLOCK": _REDUCE_BLOCK}, num_warps=4
-    )
-    fold = Prepared(fold_kernel, folded, (blocks,), {"BLOCK": launch.FOLD_BLOCK}, num_warps=8)
-    return _Forward(
-        dtype,
-        (5, num_rows),
-        (2 * blocks + 1,),
-        (3, num_rows, splits) if splits > 1 else None,
-        rows,
-        2 * folded + 1 if folded else 0,
-        (fold, last) if folded else (last,),
-    )
+        return _Forward(dtype, state, (1 if objective is not None else 3, num_rows), parts, rows, 0, ())
+    values, folded = (2 * blocks + 1,), 0
+    reductions: tuple[Prepared, ...] = ()
+    if blocks > launch.FOLD_BLOCK:
+        programs = triton.cdiv(blocks, launch.FOLD_BLOCK)
+        reductions = (Prepared(fold_kernel, programs, (blocks,), {"BLOCK": launch.FOLD_BLOCK}, num_warps=8),)
+        blocks, folded = programs, 2 * programs + 1
+    constants = {"MEAN": reduction == "mean", "BLOCK": _REDUCE_BLOCK}
+    reductions += (Prepared(reduce_kernel, 1, (blocks,), constants, num_warps=4),)
+    return _Forward(dtype, state, values, parts, rows, folded, reductions)
 
 
 def _forward(

@@ -35,6 +35,10 @@ def _wanted(hook: Any) -> bool:
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
+def _profiled() -> bool:
+    return _wanted(knobs.runtime.launch_enter_hook) or _wanted(knobs.runtime.launch_exit_hook)
+
+
 class Prepared:
     """A launch of ``programs`` programs of a kernel whose arguments are pointers, then numbers, then constants.
 
@@ -56,7 +60,7 @@ class Prepared:
     def __call__(self, device: int, *pointers: Tensor) -> None:
         """``device``: the number of the current one, or -1."""
         compiled = self._compiled
-        if compiled is None or _wanted(knobs.runtime.launch_enter_hook) or _wanted(knobs.runtime.launch_exit_hook):
+        if compiled is None or _profiled():
             self._by_triton(pointers)
             return
         self._run(
@@ -67,9 +71,8 @@ class Prepared:
     def _by_triton(self, pointers: tuple[Tensor, ...]) -> None:
         """The first time; and every time where a profiler wants to be told, whose variant is not kept: it may be an
         instrumented one. None comes from the interpreter. On AMD a variant depends on the sizes of tensors too."""
-        told = _wanted(knobs.runtime.launch_enter_hook) or _wanted(knobs.runtime.launch_exit_hook)
         compiled = self.kernel[(self.programs,)](*pointers, *self.numbers, **self.constants, **self.options)
-        if compiled is not None and not told and torch.version.hip is None:
+        if compiled is not None and not _profiled() and torch.version.hip is None:
             constants = (self.constants[name] for name in self.kernel.arg_names if name in self.constants)
             self._arguments, self._run = (*self.numbers, *constants), compiled.run
             self._compiled = compiled

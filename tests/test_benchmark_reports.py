@@ -1,0 +1,158 @@
+"""What is made of results: figures, tables and verdicts on goals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import goals, readme, runner
+from benchmarks.cases import Case
+from benchmarks.providers import PROVIDERS
+from benchmarks.runner import Row
+
+RESULTS = Path(runner.__file__).parent / "results"
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict[str, Any]]:
+    """As of a GPU, in two dtypes: numbers made up, of every provider on a large, a small and a trailing case."""
+    found = []
+    for dtype in ("fp32", "bf16"):
+        for case in (Case(128, 10), Case(8192, 32000), Case(8192, 128256), Case(8, 21, (512, 512))):
+            for graph in (False, True):
+                for number, name in enumerate([runner.COPY, *(each.name for each in PROVIDERS)]):
+                    mode, upstream = (runner.COPY, None) if name == runner.COPY else ("both", 0.37)
+                    row = Row(
+                        provider=name, dtype=dtype, mode=mode, upstream=upstream, graph=graph, p50=100.0 + number,
+                        p20=90.0, p80=120.0, copy_share=0.9, peak_bytes=1000, held_bytes=10, gbps=1.0,
+                        **runner.about(case),
+                    )  # fmt: skip
+                    found.append(dataclasses.asdict(row))
+    return found
+
+
+def test_figures(results: list[dict[str, Any]], tmp_path: Path) -> None:
+    plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
+    drawn = plots.figures(results)
+    assert set(drawn) == {"roofline", "roofline_graph", "speedup", "memory", "latency", "latency_graph"}
+    for name, figure in drawn.items():
+        assert [axes.get_title(loc="left") for axes in figure.axes] == ["fp32", "bf16"], name
+        plots.write(figure, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").read_bytes()[1:4] == b"PNG"
+    lines = {line.get_label(): line for line in drawn["roofline"].axes[0].lines}
+    assert list(lines["cross_entropy"].get_ydata()) == [0.9, 0.9, 0.9]  # 21, 32000 and 128256 classes
+    bars = drawn["speedup"].axes[0].patches
+    assert len(bars) == 4 * (len(PROVIDERS) - 1)
+    assert bars[0].get_height() == pytest.approx(101 / 102)
+
+
+def test_no_figures_without_points(results: list[dict[str, Any]]) -> None:
+    """What was not measured is left out."""
+    plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
+    failed = [dict(row, status="failed", p50=None, copy_share=None) for row in results]
+    assert plots.figures(failed) == {}
+
+
+def test_predictions_are_drawn() -> None:
+    """A line for each GPU and kind of row, of the committed results."""
+    plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
+    rows = json.loads((RESULTS / "widths.json").read_text())["results"]
+    (axes,) = plots.widths(rows).axes
+    drawn = [line.get_xydata().tolist() for line in axes.lines if len(line.get_xdata()) > 2]
+    assert len(drawn) == 8
+    kinds = [(gpu, odd) for gpu in dict.fromkeys(row["gpu"] for row in rows) for odd in (False, True)]
+    for line, (gpu, odd) in zip(drawn, kinds, strict=True):
+        assert line == [[row["classes"], row["both"]] for row in rows if (row["gpu"], row["odd"]) == (gpu, odd)]
+
+
+def test_measured_kernels_are_drawn() -> None:
+    """Of the committed results, with the predictions for that GPU."""
+    plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
+    rows = json.loads((RESULTS / "gpu_kernels.json").read_text())["results"]
+    predictions = [row for row in json.loads((RESULTS / "widths.json").read_text())["results"] if row["gpu"] == "H200"]
+    figure = plots.kernels(rows, predictions)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["fp32", "bf16"]
+    lines = {line.get_label(): line for line in figure.axes[1].lines}
+    both = [row for row in rows if (row["dtype"], row["layout"]) == ("bf16", "rows") and row["classes"] % 8 == 0]
+    assert list(lines["both passes, with all launches"].get_ydata()) == [row["both_share"] for row in both]
+    assert len(lines["predicted, both passes"].get_xdata()) > 20
+
+
+def timed_row(provider: str, p50: float, **values: Any) -> dict[str, Any]:
+    shape = {"case": "8192 x 32768", "rows": 8192, "classes": 32768, "dtype": "bf16", "upstream": 1.0}
+    row = {"provider": provider, "mode": "both", "graph": False, "status": "ok", "p50": p50, "copy_share": 0.95}
+    return {**shape, **row, **values}
+
+
+def test_gpu_goals_are_judged_by_the_worst_case() -> None:
+    rows = [
+        timed_row("complement_entropy", 10.0),
+        timed_row("complement_entropy", 10.0, upstream=0.37, copy_share=0.85),
+        timed_row("complement_entropy", 10.0, graph=True, copy_share=0.1),  # goals are of eager mode
+        timed_row("complement_entropy", 10.0, mode="forward", copy_share=0.1),
+        timed_row("complement_entropy", 1.0, case="128 x 10", rows=128, classes=10, copy_share=0.01),
+        timed_row("F.cross_entropy", 0.9, case="128 x 10", rows=128, classes=10),
+        timed_row("published", 120.0),
+        timed_row("published", 90.0, upstream=0.37),
+        timed_row("published, compiled", 30.0, status="wrong"),
+        timed_row("complement_cross_entropy", 10.0),
+        timed_row("Liger cross_entropy", 10.0),
+        timed_row("quack cross_entropy", 9.0),
+    ]
+    found = {each.goal.text.split(",")[0]: each for each in goals.verdicts(rows)}
+    assert [each.said for each in goals.verdicts(rows)] == [
+        "missed",  # 0.85 of the copy at an upstream of 0.37
+        "missed",  # 9 times, there
+        "not measured",
+        "met",
+        "missed",  # 1.11 times quack's
+        "met",  # 1.11 times F.cross_entropy's
+        "not measured",
+    ]
+    share = found["share of the copy's bandwidth"]
+    wrong = timed_row("complement_entropy", 1.0, case="8192 x 262144", classes=262144, status="wrong", copy_share=None)
+    verdict = next(goals.verdicts([rows[0], wrong]))
+    assert (verdict.said, verdict.worst) == ("missed: wrong at 8192 x 262144, bf16", 0.95)
+    assert (share.worst, share.where, share.cases) == (0.85, "8192 x 32768, bf16, upstream 0.37", 2)
+    assert "| missed |" in goals.table(rows)
+
+
+@pytest.mark.parametrize(
+    ("devices", "cases", "said"),
+    [
+        (("cpu",), ("128 x 10",), "of one GPU, got cpu"),
+        (("NVIDIA A", "NVIDIA B"), ("128 x 10", "256 x 100"), "of one GPU, got NVIDIA A, NVIDIA B"),
+        (("NVIDIA A", "NVIDIA A"), ("128 x 10", "128 x 10"), "each case in one file, got 128 x 10, bf16 in"),
+    ],
+)
+def test_goals_compare_what_can_be_compared(
+    devices: tuple[str, ...], cases: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    files = [tmp_path / f"{index}.json" for index in range(len(devices))]
+    for file, device, case in zip(files, devices, cases, strict=True):
+        report = {"environment": {"device": device}, "results": [timed_row("published", 1.0, case=case)]}
+        file.write_text(json.dumps(report))
+    with pytest.raises(ValueError, match=said):
+        goals.rows_of(files)
+
+
+def test_what_failed_in_a_graph_stands_beside_what_did_not() -> None:
+    broken = timed_row("complement_entropy", 1.0, case="8192 x 65536", classes=65536, graph=True, status="failed")
+    rows = [timed_row("complement_entropy", 10.0), timed_row("complement_entropy", 9.0, graph=True), broken]
+    share = next(line for line in goals.table(rows).splitlines() if line.startswith("| share"))
+    assert "| met | 0.95 | 8192 x 32768, bf16, upstream 1; failed at 8192 x 65536, bf16 | 1 |" in share
+
+
+def test_kernels_that_were_not_timed_are_left_out_of_their_table(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    report = json.loads(readme.GPU_KERNELS.read_text())
+    failed = {"layout": "rows", "classes": 7, "dtype": "bf16", "message": "out of time"}
+    (tmp_path / "kernels.json").write_text(json.dumps({**report, "results": [failed, report["results"][0]]}))
+    monkeypatch.setattr(readme, "GPU_KERNELS", tmp_path / "kernels.json")
+    (row,) = [line for line in readme.gpu_kernels_table().splitlines() if line.startswith("| bf16")]
+    assert f"| {report['results'][0]['classes']} |" in row
