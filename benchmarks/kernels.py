@@ -61,13 +61,12 @@ def measure(case: Case, device: torch.device, seconds: float, bandwidth: float) 
     _, saved = backend.loss(logits, target, -100, objective, "mean")
     gradient = backend.gradient(logits, saved, upstream)
     (forward,), (backward,) = backend.forward_plans.values(), backend.gradient_plans.values()
-    flat, state, values = saved
-    assert flat is not None and state is not None and values is not None and forward.parts is None
-    sums = values.new_empty(forward.values)
+    flat, state = saved
+    assert forward.parts is None
     index = logits.get_device()
     steps = {
-        "forward": lambda _: forward.rows[0](index, logits, flat, state, sums),
-        "backward": lambda _: backward(index, logits, flat, state, upstream, values, gradient),
+        "forward": lambda _: forward.rows[0](index, logits, flat, state, state),
+        "backward": lambda _: backward(index, logits, flat, state, upstream, gradient),
         "loss": lambda _: backend.loss(logits, target, -100, objective, "mean"),
     }
     times = {name: timing.quantile(timing.device_times(step, 1, seconds), 0.5) for name, step in steps.items()}

@@ -167,8 +167,8 @@ def _call(case: Case) -> None:
         loss, saved = backend.loss(logits, target, -100, objective, case.call)
         backend.gradient(logits, saved, torch.empty_like(loss))
     elif case.call == "statistics":
-        *outputs, saved = backend.statistics(logits, target, -100)
-        backend.statistics_gradient(logits, saved, *outputs)
+        *outputs, kept = backend.statistics(logits, target, -100)
+        backend.statistics_gradient(logits, kept, *outputs)
     else:
         upstream = torch.empty(rows, device="meta") if case.call == "in place, upstream" else None
         backend.value_and_gradient(logits, target, -100, objective, upstream, case.call != "values")

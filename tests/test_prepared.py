@@ -94,7 +94,9 @@ def test_whatever_decides_for_another_variant_has_a_launch_of_its_own(
         given: dict[str, Any] = {"shape": (4, 6), "reduction": "mean"} | options
         told.clear()
         call(**given)
-        assert {way for way, *_ in told} == {"first"}, options
+        # The gradient of a sum is that of a mean with another factor.
+        shared = "gradient_kernel" if options == {"reduction": "sum"} else None
+        assert {way for way, name, _ in told if name != shared} == {"first"}, options
         told.clear()
         call(**given)
         assert {way for way, *_ in told} == {"again"}, options
@@ -144,7 +146,7 @@ def test_plans_are_not_kept_without_end(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(prepared, "MOST_PLANS", 3)
     plans: Plans[int] = Plans()
     for number in range(10):
-        assert plans.keep((number,), lambda number=number: number) == number  # type: ignore[misc]
+        assert plans.keep((number,), number) == number
         assert plans[(number,)] == number and len(plans) <= 3
 
 

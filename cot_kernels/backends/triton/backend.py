@@ -27,9 +27,9 @@ from cot_kernels.backends.triton.statistics import merge_kernel, split_kernel, s
 from cot_kernels.backends.triton.value_and_gradient import value_and_gradient_kernel
 from cot_kernels.objectives import Objective, cross_entropy_of
 
-# What a forward pass hands its backward pass: target, state [5, N] (see statistics.finish), and where a mean partial
-# sums, the last of them 1 / count.
-Saved: TypeAlias = tuple[Tensor | None, ...]
+# What a forward pass hands its backward pass: target and state, [5, N] (see statistics.finish). That of a reduced loss
+# is one row: behind the 5 N numbers come the partial sums, and last what the gradient of a row's loss is multiplied by.
+Saved: TypeAlias = tuple[Tensor, Tensor]
 
 _REDUCE_BLOCK = 1024
 _HERE = contextlib.nullcontext()
@@ -135,11 +135,10 @@ class _Forward(NamedTuple):
     """A forward pass: shapes of what it writes, and its launches."""
 
     dtype: torch.dtype  # of all these, that of the arithmetic
-    state: tuple[int, int]
-    values: tuple[int, ...]
+    state: tuple[int, int] | int
+    values: tuple[int, int] | None  # where they are not reduced
     parts: tuple[int, int, int] | None  # where rows are split
     rows: tuple[Prepared, ...]
-    folded: int  # partial sums that are left for the last launch, and the factor behind them; 0 where none is folded
     reduces: tuple[Prepared, ...]
 
 
@@ -200,35 +199,42 @@ def _plan_forward(
         limit = _register_limit(tile) if logits.itemsize == 4 and tile.turns == 1 else {}
         rows = (Prepared(statistics_kernel, blocks, (*numbers, turns), constants, num_warps=tile.warps, **limit),)
 
-    state, parts = (5, num_rows), (3, num_rows, splits) if splits > 1 else None
+    parts = (3, num_rows, splits) if splits > 1 else None
     if not reduces:
-        return _Forward(dtype, state, (1 if objective is not None else 3, num_rows), parts, rows, 0, ())
-    values, folded = (2 * blocks + 1,), 0
+        return _Forward(dtype, (5, num_rows), (1 if objective is not None else 3, num_rows), parts, rows, ())
+    partials = _next_access(5 * num_rows)
     reductions: tuple[Prepared, ...] = ()
     if blocks > launch.FOLD_BLOCK:
-        programs = triton.cdiv(blocks, launch.FOLD_BLOCK)
-        reductions = (Prepared(fold_kernel, programs, (blocks,), {"BLOCK": launch.FOLD_BLOCK}, num_warps=8),)
-        blocks, folded = programs, 2 * programs + 1
+        programs, folded = triton.cdiv(blocks, launch.FOLD_BLOCK), _next_access(partials + 2 * blocks)
+        reductions = (
+            Prepared(fold_kernel, programs, (partials, folded, blocks), {"BLOCK": launch.FOLD_BLOCK}, num_warps=8),
+        )
+        blocks, partials = programs, folded
     constants = {"MEAN": reduction == "mean", "BLOCK": _REDUCE_BLOCK}
-    reductions += (Prepared(reduce_kernel, 1, (blocks,), constants, num_warps=4),)
-    return _Forward(dtype, state, values, parts, rows, folded, reductions)
+    last = Prepared(reduce_kernel, 1, (partials, blocks), constants, num_warps=4)
+    return _Forward(dtype, partials + 2 * blocks + 1, None, parts, rows, (*reductions, last))
+
+
+def _next_access(place: int) -> int:
+    """As statistics.partials_at."""
+    return (place + 15) // 16 * 16
 
 
 def _forward(
     logits: Tensor, target: Tensor, ignore_index: int, objective: Objective | None, reduction: str
 ) -> tuple[_Forward, Tensor, Tensor, Tensor]:
-    """The plan; row values, or partial sums of them and of the rows counted; the target in row order; and the state."""
+    """The plan; row values, or the state again; the target in row order; and the state."""
     logits, target = logits.resolve_neg(), target.contiguous()  # a kernel would not see that signs are still to change
     device = logits.get_device()
     key = (
         logits.shape, logits.stride(), logits.dtype, logits.data_ptr() % 16, device, target.dtype,
         target.data_ptr() % 16, ignore_index, objective, reduction,
     )  # fmt: skip
-    plan = forward_plans.get(key) or forward_plans.keep(
-        key, lambda: _plan_forward(logits, target, ignore_index, objective, reduction)
-    )
+    plan = forward_plans.get(key)
+    if plan is None:
+        plan = forward_plans.keep(key, _plan_forward(logits, target, ignore_index, objective, reduction))
     state = logits.new_empty(plan.state, dtype=plan.dtype)
-    values = state.new_empty(plan.values)
+    values = state if plan.values is None else state.new_empty(plan.values)
     if plan.parts is not None:
         parts = state.new_empty(plan.parts)
         split, merge = plan.rows
@@ -251,14 +257,13 @@ def loss(
     device = logits.get_device()
     with _on(device):
         plan, values, flat_target, state = _forward(logits, target, ignore_index, objective, reduction)
-        if reduction == "none":
-            return values, (flat_target, state, None)
-        if plan.folded:
-            partials, values = values, values.new_empty(plan.folded)
-            plan.reduces[0](device, partials, values)
-        result = values.new_empty(())
-        plan.reduces[-1](device, values, result)
-    return result, (flat_target, state, values if reduction == "mean" else None)
+        if not plan.reduces:
+            return values, (flat_target, state)
+        result = state.new_empty(())
+        for fold in plan.reduces[:-1]:
+            fold(device, state)
+        plan.reduces[-1](device, state, result)
+    return result, (flat_target, state)
 
 
 def _register_limit(tile: launch.Tile) -> dict[str, int]:
@@ -266,7 +271,7 @@ def _register_limit(tile: launch.Tile) -> dict[str, int]:
     return {"maxnreg": launch.REGISTERS} if tile.long and torch.version.hip is None else {}
 
 
-def _plan_gradient(logits: Tensor, target: Tensor, upstream: Tensor, factor: Tensor | None, grad: Tensor) -> Prepared:
+def _plan_gradient(logits: Tensor, target: Tensor, state: Tensor, upstream: Tensor, grad: Tensor) -> Prepared:
     num_rows, num_classes = target.numel(), logits.shape[1]
     tile = _tile(logits, grad)
     tiles = triton.cdiv(num_classes + tile.overhang, tile.block)
@@ -275,15 +280,16 @@ def _plan_gradient(logits: Tensor, target: Tensor, upstream: Tensor, factor: Ten
     blocks = _blocks(tile, num_rows, inner)
     programs = blocks * triton.cdiv(tiles, turns) if tile.long or tile.across else triton.cdiv(blocks, turns)
     by_row = upstream.dim() and upstream.numel() == num_rows and num_rows > 1
+    reduced = state.dim() == 1
     return Prepared(
         gradient_kernel,
         programs,
         (
             num_rows, num_classes, inner, *strides, *_strides(grad, tile.across)[1:],
-            upstream.stride(0) if by_row else 0, 0 if factor is None else factor.numel() - 1, tiles, turns,
+            upstream.stride(0) if by_row else 0, state.numel() - 1 if reduced else 0, tiles, turns,
         ),
         {
-            "HAS_FACTOR": factor is not None,
+            "HAS_FACTOR": reduced,
             "LONG": tile.long,
             "ACROSS": tile.across,
             "PLANE": tile.plane,
@@ -304,10 +310,8 @@ def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None
 
     It is written to ``grad`` if given, which may be the logits themselves: a program reads its tile, then writes it.
     """
-    target, state, factor = saved
-    assert target is not None and state is not None
     # Hooks on saved tensors may have changed how they lie.
-    target, state, factor = target.contiguous(), state.contiguous(), None if factor is None else factor.contiguous()
+    target, state = saved[0].contiguous(), saved[1].contiguous()
     logits, upstream = logits.resolve_neg(), upstream.resolve_neg()
     begin, device = logits.data_ptr() % launch.LINE, logits.get_device()
     if grad is None:
@@ -316,22 +320,25 @@ def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None
         return grad
     if upstream.dim() > 1:
         upstream = upstream.reshape(-1)  # a view of any scalar or expanded upstream
-    pointers = (logits, target, state, upstream, upstream if factor is None else factor, grad)
-    begins = [each.data_ptr() % 16 for each in pointers]
+    others = target.data_ptr(), state.data_ptr(), upstream.data_ptr(), grad.data_ptr()
+    begins = 0
+    for each in others:
+        begins = begins * 16 + each % 16
     key = (
-        logits.shape, logits.stride(), logits.dtype, begin, device, grad.stride(), target.dtype,
-        upstream.shape, upstream.stride(), upstream.dtype, 0 if factor is None else factor.numel(),
-        any(begins) and (*begins,),
+        logits.shape, logits.stride(), logits.dtype, begin, device, grad.stride(), target.dtype, state.shape,
+        upstream.shape, upstream.stride(), upstream.dtype, begins,
     )  # fmt: skip
+    plan = gradient_plans.get(key)
+    if plan is None:
+        plan = gradient_plans.keep(key, _plan_gradient(logits, target, state, upstream, grad))
     with _on(device):
-        plan = gradient_plans.get(key) or gradient_plans.keep(
-            key, lambda: _plan_gradient(logits, target, upstream, factor, grad)
-        )
-        plan(device, *pointers)
+        plan(device, logits, target, state, upstream, grad)
     return grad
 
 
-def statistics(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Saved]:
+def statistics(
+    logits: Tensor, target: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
     """target_logit, complement_lse and negentropy, (rows) each (zero where ignored), and the saved rows."""
     with _on(logits.get_device()):
         _, values, flat_target, state = _forward(logits, target, ignore_index, None, "none")
@@ -340,13 +347,16 @@ def statistics(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tenso
 
 
 def statistics_gradient(
-    logits: Tensor, saved: Saved, d_target_logit: Tensor, d_complement_lse: Tensor, d_negentropy: Tensor
+    logits: Tensor,
+    saved: tuple[Tensor, Tensor, Tensor],
+    d_target_logit: Tensor,
+    d_complement_lse: Tensor,
+    d_negentropy: Tensor,
 ) -> Tensor:
     """The gradient of anything built on :func:`statistics`, from what reaches its three outputs."""
     target, state, values = saved
-    assert state is not None and values is not None
     state = _coefficients(state, values[2], d_target_logit, d_complement_lse, d_negentropy)
-    return gradient(logits, (target, state, None), state.new_ones(()))
+    return gradient(logits, (target, state), state.new_ones(()))
 
 
 def _coefficients(
@@ -430,7 +440,7 @@ def _value_then_gradient(
     if wanted:
         partials = (-d_log_odds, d_log_odds, d_negentropy)
         state = _coefficients(state, negentropy, *partials)
-        gradient(logits, (flat_target, state, None), state.new_ones(()) if upstream is None else upstream, logits)
+        gradient(logits, (flat_target, state), state.new_ones(()) if upstream is None else upstream, logits)
     return values.masked_fill_(target == ignore_index, 0)
 
 
@@ -450,13 +460,12 @@ def row_loss(logits: Tensor, target: Tensor, ignore_index: int, objective: Objec
 
 
 def row_loss_gradient(logits: Tensor, target: Tensor, ignore_index: int, state: Tensor, upstream: Tensor) -> Tensor:
-    return gradient(logits, (target, state, None), upstream, torch.empty_like(logits))
+    return gradient(logits, (target, state), upstream, torch.empty_like(logits))
 
 
 def row_statistics(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """target_logit, complement_lse and negentropy in the shape of the target, and [STATISTICS_STATE, *target.shape]."""
     *values, (_, state, saved) = statistics(logits, target, ignore_index)
-    assert state is not None and saved is not None
     target_logit, complement_lse, negentropy = (value.view(target.shape) for value in values)
     state = torch.cat((state[:2], saved[2:])).view(STATISTICS_STATE, *target.shape)
     return target_logit, complement_lse, negentropy, state
@@ -473,4 +482,4 @@ def row_statistics_gradient(
 ) -> Tensor:
     state = state.flatten(1)
     coefficients = _coefficients(state, state[2], d_target_logit, d_complement_lse, d_negentropy)
-    return gradient(logits, (target, coefficients, None), coefficients.new_ones(()), torch.empty_like(logits))
+    return gradient(logits, (target, coefficients), coefficients.new_ones(()), torch.empty_like(logits))

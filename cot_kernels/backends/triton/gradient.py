@@ -117,11 +117,11 @@ def load_state(
     target_pointer,
     state_pointer,
     upstream_pointer,
-    factor_pointer,
     rows,
     num_rows,
     num_classes,
     upstream_stride,
+    factor_at,
     HAS_FACTOR: tl.constexpr,
 ):
     """What the gradient of rows takes beside log2 s: target, shift, and with the upstream gradient slope, offset and
@@ -132,7 +132,7 @@ def load_state(
     shift = tl.load(state, mask=inside, other=0.0)
     upstream = tl.load(upstream_pointer + rows * upstream_stride, mask=inside, other=0.0).to(shift.dtype)
     if HAS_FACTOR:
-        upstream *= tl.load(factor_pointer)
+        upstream *= tl.load(state_pointer + factor_at)
     slope = tl.load(state + 2 * num_rows, mask=inside, other=0.0) * upstream
     offset = tl.load(state + 3 * num_rows, mask=inside, other=0.0) * upstream
     at_target = tl.load(state + 4 * num_rows, mask=inside, other=0.0) * upstream
@@ -253,7 +253,6 @@ def gradient_kernel(
     target_pointer,
     state_pointer,
     upstream_pointer,
-    factor_pointer,  # read where the loss is a mean: [factor_at] is 1 / count
     grad_pointer,
     num_rows,
     num_classes,
@@ -265,7 +264,7 @@ def gradient_kernel(
     grad_stride_k,
     grad_stride_d,
     upstream_stride,
-    factor_at,
+    factor_at,  # where behind the state, of a loss that was reduced, a factor of its rows' gradients lies
     tiles,
     turns,
     HAS_FACTOR: tl.constexpr,
@@ -285,7 +284,6 @@ def gradient_kernel(
     shares = tl.cdiv(tiles, turns)  # programs to a row
     block = program // shares
     num_rows = tl.cast(num_rows, tl.int64)  # 5 N entries of state pass 2^31
-    factor_pointer += factor_at
     first = (program - block * shares).to(tl.int32) * turns
     dtype: tl.constexpr = state_pointer.dtype.element_ty
 
@@ -297,7 +295,7 @@ def gradient_kernel(
         log_total = tl.load(state + num_rows)
         upstream = tl.load(upstream_pointer + row * upstream_stride).to(dtype)
         if HAS_FACTOR:
-            upstream *= tl.load(factor_pointer)
+            upstream *= tl.load(state_pointer + factor_at)
         slope = tl.load(state + 2 * num_rows) * upstream
         offset = tl.load(state + 3 * num_rows) * upstream
         at_target = tl.load(state + 4 * num_rows) * upstream
@@ -319,8 +317,8 @@ def gradient_kernel(
         log_total = load_log_total(state_pointer, rows, num_rows)
         wanted = log_total != float("inf")
         target, shift, slope, offset, at_target = load_state(
-            target_pointer, state_pointer, upstream_pointer, factor_pointer,
-            rows, num_rows, num_classes, upstream_stride, HAS_FACTOR,
+            target_pointer, state_pointer, upstream_pointer,
+            rows, num_rows, num_classes, upstream_stride, factor_at, HAS_FACTOR,
         )  # fmt: skip
         base = base_across(logits_pointer, rows, plane, before, inner, stride_n, stride_d, PLANE)
         grad_base = base_across(grad_pointer, rows, plane, before, inner, grad_stride_n, grad_stride_d, PLANE)
@@ -366,8 +364,8 @@ def gradient_kernel(
                 start_end = load_end(base, head, wanted, num_classes, VEC, True)
                 last_end = load_end(base, head, wanted, num_classes, VEC, False)
             target, shift, slope, offset, at_target = load_state(
-                target_pointer, state_pointer, upstream_pointer, factor_pointer,
-                rows, num_rows, num_classes, upstream_stride, HAS_FACTOR,
+                target_pointer, state_pointer, upstream_pointer,
+                rows, num_rows, num_classes, upstream_stride, factor_at, HAS_FACTOR,
             )  # fmt: skip
             write_pieces(
                 pieces, grad_base, head, target, inside, wanted, num_classes,

@@ -6,7 +6,6 @@ launch, and of a small loss. A prepared launch asks once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -23,10 +22,10 @@ MOST_PLANS = 512
 class Plans(dict[tuple[Any, ...], Plan], Generic[Plan]):
     """What was found out about calls, by all that it depends on."""
 
-    def keep(self, key: tuple[Any, ...], make: Callable[[], Plan]) -> Plan:
+    def keep(self, key: tuple[Any, ...], plan: Plan) -> Plan:
         if len(self) >= MOST_PLANS:
             self.clear()
-        plan = self[key] = make()
+        self[key] = plan
         return plan
 
 

@@ -35,6 +35,12 @@ def row_values(target_logit, shift, total, moment):
 
 
 @triton.jit
+def partials_at(num_rows):
+    """Where behind a state [5, N] the partial sums begin, [2, blocks]: of the losses, and of the rows counted."""
+    return tl.cdiv(5 * num_rows, 16) * 16
+
+
+@triton.jit
 def finish(
     rows,
     num_rows,
@@ -58,7 +64,7 @@ def finish(
 
     state [5, N]: shift m; log2 s; slope f_S ln 2; offset f_S S - f_L; f_g. With them, for x = y_j - log2 s,
     dl/dz_j = 2^x (slope x - offset). An infinite log2 s, which no row has, marks the ignored ones. Without an
-    objective the statistics (z_g, L, S) themselves are written.
+    objective the statistics (z_g, L, S) themselves are written. Where it reduces, partial sums lie behind the state.
     """
     inside = rows < num_rows
     log_total, negentropy, log_odds, empty = row_values(target_logit, shift, total, moment)
@@ -91,8 +97,9 @@ def finish(
         tl.store(state + 3 * num_rows, offset, mask=inside)
         tl.store(state + 4 * num_rows, -d_log_odds, mask=inside)
         if REDUCES:
-            tl.store(values_pointer + block, tl.sum(loss, 0))
-            tl.store(values_pointer + blocks + block, tl.sum(tl.where(wanted, 1.0, 0.0), 0))
+            partials = state_pointer + partials_at(num_rows) + block
+            tl.store(partials, tl.sum(loss, 0))
+            tl.store(partials + blocks, tl.sum(tl.where(wanted, 1.0, 0.0), 0))
         else:
             tl.store(values_pointer + rows, loss, mask=inside)
 
@@ -102,7 +109,7 @@ def statistics_kernel(
     logits_pointer,
     target_pointer,
     state_pointer,
-    values_pointer,  # row losses; where it reduces, [2, blocks] their sums and the rows counted; or the statistics
+    values_pointer,  # row losses, unless it reduces; or the statistics
     num_rows,
     num_classes,
     inner,
@@ -239,7 +246,7 @@ def merge_kernel(
     target_pointer,
     parts_pointer,
     state_pointer,
-    values_pointer,  # row losses; where it reduces, [2, blocks] their sums and the rows counted; or the statistics
+    values_pointer,  # row losses, unless it reduces; or the statistics
     num_rows,
     num_classes,
     inner,
