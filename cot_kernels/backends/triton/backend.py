@@ -142,6 +142,10 @@ class _Forward(NamedTuple):
     reduces: tuple[Prepared, ...]
 
 
+def _next_access(place: int) -> int:
+    return (place + 15) // 16 * 16
+
+
 def _plan_forward(
     logits: Tensor, target: Tensor, ignore_index: int, objective: Objective | None, reduction: str
 ) -> _Forward:
@@ -161,7 +165,8 @@ def _plan_forward(
     inner, stride_n, stride_k, stride_d = _strides(logits, tile.across)
     blocks = _blocks(tile, num_rows, inner) if tile.plane else triton.cdiv(num_rows, block_rows)
 
-    numbers = (num_rows, num_classes, inner, stride_n, stride_k, stride_d, ignore_index, *parameters)
+    partials = _next_access(5 * num_rows) if reduces else 0
+    numbers = (num_rows, num_classes, inner, stride_n, stride_k, stride_d, ignore_index, *parameters, partials)
     common = {"OBJECTIVE": twin, "REDUCES": reduces}
     if not num_rows:
         rows: tuple[Prepared, ...] = ()
@@ -202,7 +207,6 @@ def _plan_forward(
     parts = (3, num_rows, splits) if splits > 1 else None
     if not reduces:
         return _Forward(dtype, (5, num_rows), (1 if objective is not None else 3, num_rows), parts, rows, ())
-    partials = _next_access(5 * num_rows)
     reductions: tuple[Prepared, ...] = ()
     if blocks > launch.FOLD_BLOCK:
         programs, folded = triton.cdiv(blocks, launch.FOLD_BLOCK), _next_access(partials + 2 * blocks)
@@ -213,11 +217,6 @@ def _plan_forward(
     constants = {"MEAN": reduction == "mean", "BLOCK": _REDUCE_BLOCK}
     last = Prepared(reduce_kernel, 1, (partials, blocks), constants, num_warps=4)
     return _Forward(dtype, partials + 2 * blocks + 1, None, parts, rows, (*reductions, last))
-
-
-def _next_access(place: int) -> int:
-    """As statistics.partials_at."""
-    return (place + 15) // 16 * 16
 
 
 def _forward(

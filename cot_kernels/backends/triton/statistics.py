@@ -35,12 +35,6 @@ def row_values(target_logit, shift, total, moment):
 
 
 @triton.jit
-def partials_at(num_rows):
-    """Where behind a state [5, N] the partial sums begin, [2, blocks]: of the losses, and of the rows counted."""
-    return tl.cdiv(5 * num_rows, 16) * 16
-
-
-@triton.jit
 def finish(
     rows,
     num_rows,
@@ -52,6 +46,7 @@ def finish(
     moment,
     state_pointer,
     values_pointer,
+    partials,
     block,
     blocks,
     scale,
@@ -64,7 +59,8 @@ def finish(
 
     state [5, N]: shift m; log2 s; slope f_S ln 2; offset f_S S - f_L; f_g. With them, for x = y_j - log2 s,
     dl/dz_j = 2^x (slope x - offset). An infinite log2 s, which no row has, marks the ignored ones. Without an
-    objective the statistics (z_g, L, S) themselves are written. Where it reduces, partial sums lie behind the state.
+    objective the statistics (z_g, L, S) themselves are written. Where it reduces, the partial sums of the
+    block are written too.
     """
     inside = rows < num_rows
     log_total, negentropy, log_odds, empty = row_values(target_logit, shift, total, moment)
@@ -97,9 +93,9 @@ def finish(
         tl.store(state + 3 * num_rows, offset, mask=inside)
         tl.store(state + 4 * num_rows, -d_log_odds, mask=inside)
         if REDUCES:
-            partials = state_pointer + partials_at(num_rows) + block
-            tl.store(partials, tl.sum(loss, 0))
-            tl.store(partials + blocks, tl.sum(tl.where(wanted, 1.0, 0.0), 0))
+            place = state_pointer + partials + block
+            tl.store(place, tl.sum(loss, 0))
+            tl.store(place + blocks, tl.sum(tl.where(wanted, 1.0, 0.0), 0))
         else:
             tl.store(values_pointer + rows, loss, mask=inside)
 
@@ -120,6 +116,7 @@ def statistics_kernel(
     scale: tl.float64,
     parameter: tl.float64,
     exponent: tl.float64,
+    partials,  # where behind the state the partial sums begin, [2, blocks]: of the losses, and of the rows counted
     turns,
     OBJECTIVE: tl.constexpr,
     REDUCES: tl.constexpr,
@@ -195,7 +192,7 @@ def statistics_kernel(
         moment = tl.reshape(moments, [TURNS * ROWS])
     finish(
         rows, num_rows, wanted, stray, target_logit, shift, total, moment,
-        state_pointer, values_pointer, block, tl.num_programs(0),
+        state_pointer, values_pointer, partials, block, tl.num_programs(0),
         scale, parameter, exponent, OBJECTIVE, REDUCES,
     )  # fmt: skip
 
@@ -257,6 +254,7 @@ def merge_kernel(
     scale: tl.float64,
     parameter: tl.float64,
     exponent: tl.float64,
+    partials,
     splits,
     OBJECTIVE: tl.constexpr,
     REDUCES: tl.constexpr,
@@ -281,6 +279,6 @@ def merge_kernel(
     target_logit = load_target_logits(logits_pointer, rows, target, wanted, inner, stride_n, stride_k, stride_d, dtype)
     finish(
         rows, num_rows, wanted, stray, target_logit, shift, total, moment,
-        state_pointer, values_pointer, block, tl.num_programs(0),
+        state_pointer, values_pointer, partials, block, tl.num_programs(0),
         scale, parameter, exponent, OBJECTIVE, REDUCES,
     )  # fmt: skip
