@@ -62,5 +62,6 @@ class Emulated:
 def install(target: str) -> None:
     """From here on the Triton backend takes tensors on the CPU and computes as a GPU of the target would."""
     driver.set_active(Driver(target))
+    setattr(backend, "_pairs", lambda device: target == "sm_100")  # noqa: B010
     for name in KERNELS:
         setattr(backend, name, Emulated(getattr(backend, name)))

@@ -65,7 +65,7 @@ _KNOWN = re.compile(
             r"(and|or|xor|not)\.(b(16|32|64)|pred)|(add|sub)\.s16x2",
             rf"(add|sub|mul\.lo|mad\.lo|div|rem|max|min|neg|abs|shr)\.{_INT}|shl\.b(16|32|64)|shr\.{_UINT}",
             r"(mul|mad)\.wide\.[su](16|32)|bfe\.[su]32",
-            r"(add|sub|mul)(\.rn)?(\.ftz)?\.(f32|f64|f32x2)|fma\.rn(\.ftz)?\.(f32|f64|f32x2)",
+            r"(add|sub|mul)(\.rn)?(\.ftz)?\.(f32|f64|f32x2)|fma\.rn(\.ftz)?\.(f32|f64|f32x2)|(add|sub)\.rn\.f32\.f16",
             rf"(max|min)(\.NaN)?\.{_FLOAT}|(neg|abs)(\.ftz)?\.{_FLOAT}|div\.(full\.f32|rn\.f32|rn\.f64)",
             r"(ex2|lg2|rcp|sqrt)\.approx(\.ftz)?\.f32|rcp\.approx\.ftz\.f64",
             r"bar\.(warp\.)?sync|bra(\.uni)?|ret|createpolicy\.fractional\.L2::\w+\.b64",
@@ -318,6 +318,9 @@ class Machine:
             self._set(
                 operands[0], self._arithmetic(name, modifiers, whole).view(_unsigned(2 * single.itemsize)), active
             )
+        elif modifiers[-2:] == ["f32", "f16"] and name in ("add", "sub"):  # of which the first is the narrower
+            first = self._value(operands[1], np.dtype("f2"), active).astype(np.float32)
+            self._set(operands[0], _BINARY[name](first, self._value(operands[2], np.dtype("f4"), active)), active)
         elif name in ("mul", "mad") and modifiers[0] == "wide":
             dtype, wide = _dtype(kind), np.dtype(f"{_dtype(kind).kind}{2 * _dtype(kind).itemsize}")
             result = self._value(operands[1], dtype, active).astype(wide) * self._value(operands[2], dtype, active)

@@ -61,7 +61,8 @@ def test_rows_are_read_and_written_in_128_bits(reports: list[dict[str, Any]]) ->
 
 
 def test_running_maxima_are_subtracted_before_they_are_scaled(reports: list[dict[str, Any]]) -> None:
-    """A product contracted with the difference makes lanes that saw nothing NaN, which no interpreter can show."""
+    """A product contracted with the difference makes lanes that saw nothing NaN, which no interpreter can show. Of
+    16-bit logits the levels are rounded before, in all arithmetic but that on pairs."""
     for report in reports:
         rescaled = report["kernel"] in ("split", "merge") or report["case"]["layout"].startswith(
             ("long", "class-major")
@@ -69,7 +70,10 @@ def test_running_maxima_are_subtracted_before_they_are_scaled(reports: list[dict
         if rescaled and report["kernel"] in ("statistics", "split", "merge", "value_and_gradient"):
             if report["gap_operations"] is None:  # AMD's assembly
                 continue
-            assert report["gap_operations"] == ["mul", "sub"], report
+            case = report["case"]
+            narrow = case["dtype"] in ("bf16", "fp16") and case["layout"].startswith("long")
+            levels = narrow and case["target"] != "sm_100"
+            assert report["gap_operations"] == (["sub"] if levels else ["mul", "sub"]), report
 
 
 def test_offsets_into_the_state_are_64_bits_wide(reports: list[dict[str, Any]]) -> None:

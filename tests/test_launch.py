@@ -112,6 +112,40 @@ def test_a_large_logit_anywhere_in_dense_rows(classes: int, dtype: torch.dtype) 
     assert error <= {torch.float32: 3e-6, torch.bfloat16: 8e-3}[dtype]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("classes", [16, 21, 1000, 1003, 3000, 5001])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_logits_of_any_size(
+    dtype: torch.dtype, classes: int, split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their largest is scaled, rounded and put right; from 2^20 on it is not scaled, and some rows rise beyond that."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not split:
+        monkeypatch.setattr(launch, "choose_splits", lambda *arguments: 1)
+    sizes = [0.0, 3.0, 100.0, 1021.0, 3e4] + [1e5, 2.0**20, 1.0625 * 2**20, 3e9, 1e29, 3e38] * (dtype == torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    rising = torch.linspace(0.9, 1, classes)
+    rows = []
+    for size in sizes:
+        flat = size + torch.randn(classes, generator=generator)
+        rows += [flat, size * rising, size * rising.flip(0)]
+        if size < 1e30:  # below -1e30 there is nothing
+            rows += [flat - 2 * size, -size * rising]
+    logits = torch.stack(rows).to(dtype)
+    target = torch.arange(len(rows)) * 7 % classes
+    exact = logits.double().requires_grad_()
+    expected = complement_cross_entropy(exact, target, gamma=-0.7, normalization="none", reduction="none")
+    expected.sum().backward()
+    on_device = logits.to(device)
+    loss, saved = backend.loss(on_device, target.to(device), -100, CrossEntropyObjective(1.0, 0.7), "none")
+    gradient = backend.gradient(on_device, saved, torch.ones((), device=device))
+    torch.testing.assert_close(loss[0].double().cpu(), expected, rtol=3e-6, atol=3e-6)
+    assert exact.grad is not None
+    errors = (gradient.double().cpu() - exact.grad).norm(dim=1)
+    assert (errors <= 8e-3 * exact.grad.norm(dim=1) + 1e-12).all()
+
+
 def test_long_rows_need_equal_heads_in_logits_and_gradient() -> None:
     odd = matrix(50257)
     assert _tile(odd).align == 4  # alone, each row finds its own boundary

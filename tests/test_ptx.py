@@ -50,6 +50,14 @@ def test_products_are_rounded_but_in_multiply_adds() -> None:
     assert (run(load + "fma.rn.f32 %r9, %r3, %r3, %r5;", values) == 2**-24).all()
 
 
+def test_a_half_less_a_float() -> None:
+    half = "cvt.rn.f16.f32 %rs1, %r3;\n mov.b32 %r4, 0f3F000000;\n"
+    found = run(
+        "ld.global.b32 { %r3 }, [ %rd2 + 0 ];\n" + half + "sub.rn.f32.f16 %r9, %rs1, %r4;", LANE.astype(np.float32)
+    )
+    assert (found == LANE - 0.5).all()
+
+
 def test_predicates_keep_what_was_there() -> None:
     found = run("setp.lt.u32 %p1, %r2, 5;\n mov.b32 %r9, 7;\n @!%p1 mov.b32 %r9, %r1;", argument=3)
     assert found.tolist() == [7] * 5 + [3] * 27

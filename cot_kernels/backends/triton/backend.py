@@ -45,6 +45,14 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+@functools.cache
+def _pairs(device: torch.device) -> bool:
+    """Whether float32 arithmetic takes two numbers at a time: on AMD's GPUs, and from compute capability 10 on."""
+    return torch.version.hip is not None or (
+        device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
+    )
+
+
 def _on(device: int) -> AbstractContextManager[object]:
     """Kernels start on the current device, which need not be the one that holds the logits."""
     return _HERE if device < 0 or device == torch.cuda.current_device() else torch.cuda.device(device)
@@ -115,6 +123,7 @@ def _tile(*tensors: Tensor) -> launch.Tile:
         rows_adjoin=on_boundary and all(_rows_adjoin(each) for each in tensors),
         backward=len(tensors) > 1,
         warp=32 if torch.version.hip is None else 64,
+        pairs=_pairs(logits.device),
     )
 
 
@@ -144,6 +153,11 @@ class _Forward(NamedTuple):
 
 def _next_access(place: int) -> int:
     return (place + 15) // 16 * 16
+
+
+def _registers(most: int) -> dict[str, int]:
+    """The most that a thread may have: an option of NVIDIA's compiler alone."""
+    return {"maxnreg": most} if torch.version.hip is None else {}
 
 
 def _plan_forward(
@@ -176,14 +190,25 @@ def _plan_forward(
                 split_kernel,
                 num_rows * splits,
                 (num_rows, num_classes, inner, stride_n, stride_d, ignore_index, splits),
-                {"LANES": tile.lanes, "VEC": tile.vec, "ALIGN": tile.align},
+                {
+                    "LANES": tile.lanes,
+                    "VEC": tile.vec,
+                    "DEPTH": tile.depth,
+                    "ALIGN": tile.align,
+                    "NARROW": tile.narrow,
+                },
                 num_warps=tile.warps,
             ),
             Prepared(
                 merge_kernel,
                 blocks,
                 (*numbers, splits),
-                {**common, "ROWS": block_rows, "SPLITS": launch.next_power_of_two(splits)},
+                {
+                    **common,
+                    "ROWS": block_rows,
+                    "SPLITS": launch.next_power_of_two(splits),
+                    "NARROW": tile.narrow,
+                },
             ),
         )
     else:
@@ -197,11 +222,13 @@ def _plan_forward(
             "PIECES": tile.pieces,
             "LANES": tile.lanes,
             "VEC": tile.vec,
+            "DEPTH": tile.depth,
             "ALIGN": tile.align,
             "HEADS": tile.heads and not tile.long,  # long rows look for their boundary anyway
+            "NARROW": tile.narrow,
         }
         # Others take few enough registers by themselves, and a limit only costs instructions.
-        limit = _register_limit(tile) if logits.itemsize == 4 and tile.turns == 1 else {}
+        limit = _registers(launch.REGISTERS_ACROSS) if tile.across and not tile.plane else {}
         rows = (Prepared(statistics_kernel, blocks, (*numbers, turns), constants, num_warps=tile.warps, **limit),)
 
     parts = (3, num_rows, splits) if splits > 1 else None
@@ -265,11 +292,6 @@ def loss(
     return result, (flat_target, state)
 
 
-def _register_limit(tile: launch.Tile) -> dict[str, int]:
-    """An option of NVIDIA's compiler alone."""
-    return {"maxnreg": launch.REGISTERS} if tile.long and torch.version.hip is None else {}
-
-
 def _plan_gradient(logits: Tensor, target: Tensor, state: Tensor, upstream: Tensor, grad: Tensor) -> Prepared:
     num_rows, num_classes = target.numel(), logits.shape[1]
     tile = _tile(logits, grad)
@@ -300,7 +322,7 @@ def _plan_gradient(logits: Tensor, target: Tensor, state: Tensor, upstream: Tens
             "HEADS": tile.heads and not tile.long,  # long rows look for their boundary anyway
         },
         num_warps=tile.warps,
-        **_register_limit(tile),
+        **(_registers(launch.REGISTERS) if tile.long else {}),
     )  # fmt: skip
 
 
@@ -406,8 +428,10 @@ def value_and_gradient(
             ROWS=tile.rows,
             LANES=tile.lanes,
             VEC=tile.vec,
+            DEPTH=tile.depth,
             ALIGN=tile.align,
             TAIL=num_classes % tile.vec != 0,
+            NARROW=tile.narrow,
             num_warps=tile.warps,
         )  # fmt: skip
     return values

@@ -35,9 +35,11 @@ PIECES = 8
 # Rows of which a thread has logits, at most: it holds five numbers of each in the backward pass.
 ROWS_PER_THREAD = 16
 
-# Registers of a thread of the kernels for long rows, at most: 64 let 1,024 threads share a multiprocessor, which then
-# has 32 KiB of logits or more under way. Left alone the compiler takes up to 128 backward.
+# Registers of a thread of the kernels for long rows backward, at most: 64 let 1,024 threads share a multiprocessor,
+# which then has 32 KiB of logits or more under way. Left alone the compiler takes up to 128. And of those that read
+# rows side by side, eight a thread: up to 168.
 REGISTERS = 64
+REGISTERS_ACROSS = 128
 
 # Of more partial sums than this the last program would take longer, a turn's latency after the other, than all before.
 FOLD_BLOCK = 4096
@@ -51,8 +53,9 @@ class Tile:
     row that is whole in its tile: as few as hold the row. ``align`` is the number of classes in 16 bytes where accesses
     of that width can be promised to the compiler, and 1 where not. With ``heads`` rows begin anywhere, and each is read
     from the boundary before it: there are up to ``overhang`` places before its first class. A ``long`` row takes many
-    tiles, of which most need no mask. ``across`` rows, which lie side by side, are read class after class, in tiles of
-    one ``plane``, or of any rows; all others are whole in one tile. A ``warp`` is so many threads.
+    tiles, of which most need no mask, and in each of them ``depth`` lanes are folded together. ``across`` rows, which
+    lie side by side, are read class after class, in tiles of one ``plane``, or of any rows; all others are whole in one
+    tile. A ``warp`` is so many threads.
     """
 
     rows: int
@@ -67,10 +70,18 @@ class Tile:
     overhang: int = 0
     pieces: int = 1
     warp: int = 32
+    depth: int = 1
 
     @property
     def block(self) -> int:
         return self.pieces * self.lanes * self.vec
+
+    @property
+    def narrow(self) -> bool:
+        """Logits of 16 bits are scaled and shifted in one: see :mod:`.monoid`. Not of rows side by side, of which a
+        thread has so many that the level of each would take too many registers; nor where arithmetic on pairs does as
+        well."""
+        return self.vec == 8 and not self.across and (not self.long or self.depth > 1)
 
     @property
     def turns(self) -> int:
@@ -97,6 +108,7 @@ def choose_tile(
     rows_adjoin: bool = False,
     backward: bool = False,
     warp: int = 32,
+    pairs: bool = False,
 ) -> Tile:
     """The tile for rows of ``num_classes`` logits of ``itemsize`` bytes.
 
@@ -110,6 +122,7 @@ def choose_tile(
         backward: the gradient is written. Where rows begin anywhere, the accesses at either end of one are written
             class by class.
         warp: threads of one.
+        pairs: float32 arithmetic takes two numbers at a time.
     """
     vec = 16 // itemsize
     if not classes_adjoin:
@@ -150,7 +163,9 @@ def choose_tile(
     heads, align = head_aligned and not rows_aligned, vec if head_aligned else 1
     boundary, on_boundary = (LINE, rows_lined) if backward else (16, rows_aligned)
     overhang = boundary // itemsize - 1 if head_aligned and not on_boundary else 0
-    return Tile(1, lanes, vec, align, warps, heads=heads, long=True, overhang=overhang)
+    # What a thread has is folded together, for one rescaling; but two lanes apart make pairs.
+    depth = 1 if pairs else max(1, lanes // (warp * warps))
+    return Tile(1, lanes, vec, align, warps, heads=heads, long=True, overhang=overhang, warp=warp, depth=depth)
 
 
 def choose_tile_across(

@@ -6,9 +6,16 @@ The kernels count in units of log2, where the exponential is a single instructio
 scaling by log2 e, as an operation of its own: of z log2 e - round(m log2 e), one multiply-add, the rounding would be
 left, which from m = 1e9 on is more than an exponential can hold.
 
-A tile of BLOCK = LANES * VEC classes of a long row is folded into one running (m, s, t) a lane: the maximum over VEC
-neighbours, which one thread holds, costs no exchange between threads, and one rescaling serves VEC classes. Lanes (and
-splits of a row) are merged at the end by the rule of the monoid:
+NARROW logits, of 16 bits, are so many to a byte that instructions count, and can be spared that one: their y_j is then
+z_j log2 e - h, rounded once, of a level h = round(m log2 e), and s and t are relative to h in place of m. What that
+leaves is the same for all logits of a row: S, which is t / s - log2 s, does not show it, and log2 s is put right once a
+row (:func:`residue`). From |m| = 2^20 on the scale is 1 in place of log2 e, and h is m itself: two bfloat16 numbers are
+there 2^12 apart or more, so that what is not the maximum is nothing in either scale, and the rounding of a larger h
+would get out of hand.
+
+A tile of BLOCK = LANES * VEC classes of a long row is folded into one running (m, s, t) for each DEPTH lanes, as many
+as a thread has: their maximum costs no exchange between threads, and one rescaling serves all of them. What the threads
+(and the splits of a row) have is merged at the end by the rule of the monoid:
 
     m = max(m_1, m_2)    d_i = (m_i - m) log2 e    s = sum_i s_i 2^{d_i}    t = sum_i 2^{d_i} (t_i + d_i s_i)
 
@@ -19,6 +26,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton import knobs
 
 from cot_kernels.backends.triton.tiles import (
     ACCESS,
@@ -39,32 +47,83 @@ from cot_kernels.backends.triton.tiles import (
     widen,
 )
 
+# From here on the scale of NARROW logits is 1.
+_LARGE = tl.constexpr(2.0**20)
+
+# Triton's interpreter rounds the product of a multiply-add too.
+_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+
 
 @triton.jit
-def merge(shift, total, moment, axis: tl.constexpr):
-    """Merges the running statistics along an axis. A gap stops where nothing is left: no product with it overflows."""
+def multiply_add(x, y, z):
+    """x y + z, rounded once; in the interpreter of numbers whose product a float64 holds."""
+    if _INTERPRETED:
+        return (x.to(tl.float64) * y.to(tl.float64) + z.to(tl.float64)).to(z.dtype)
+    return tl.fma(x, y, z)
+
+
+@triton.jit
+def level_of(shift, NARROW: tl.constexpr):
+    """What is subtracted for a maximum, and what logits are multiplied by before, if NARROW."""
+    if NARROW:
+        scale = tl.where(tl.abs(shift) < _LARGE, LOG2E, 1.0)
+        # No plain product: the compiler would contract it with what it is subtracted from, unrounded.
+        level = tl.fma(shift, scale, tl.zeros_like(shift))
+    else:
+        level, scale = shift, shift
+    return level, scale
+
+
+@triton.jit
+def exponents(z, level, scale, NARROW: tl.constexpr):
+    """y of logits. Without -inf, for 0 * -inf would make the moment NaN. The NaN of a logit is let through."""
+    y = multiply_add(z, scale, -level) if NARROW else (z - level) * LOG2E
+    return tl.maximum(y, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def gap_between(old_shift, old_level, new_shift, new_level, NARROW: tl.constexpr):
+    """By how many powers of two, at most none, statistics are lowered. It stops where nothing is left of them: no
+    product with it overflows."""
+    gap = old_shift - new_shift
+    # Less than between the levels where their scales differ, for they need then not be in the order of the shifts.
+    gap = tl.minimum(old_level - new_level, gap) if NARROW else gap * LOG2E
+    return tl.maximum(gap, NOTHING)
+
+
+@triton.jit
+def residue(shift, NARROW: tl.constexpr):
+    """m log2 e - h."""
+    rest = tl.zeros_like(shift)
+    if NARROW:
+        level, scale = level_of(shift, NARROW)
+        rest = multiply_add(shift, scale, -level)
+    return rest
+
+
+@triton.jit
+def merge(shift, total, moment, axis: tl.constexpr, NARROW: tl.constexpr):
+    """Merges the running statistics along an axis."""
     merged = tl.max(shift, axis)
-    gap = tl.maximum((shift - tl.expand_dims(merged, axis)) * LOG2E, NOTHING)
+    level, _ = level_of(shift, NARROW)
+    raised = tl.expand_dims(merged, axis)
+    new, _ = level_of(raised, NARROW)
+    gap = gap_between(shift, level, raised, new, NARROW)
     weight = tl.exp2(gap)
     return merged, tl.sum(total * weight, axis), tl.sum(weight * (moment + gap * total), axis)
 
 
 @triton.jit
-def finite(y):
-    """Without -inf, for 0 * -inf would make the moment NaN. The NaN of a logit is let through."""
-    return tl.maximum(y, FLOOR, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def fold(z, shift, total, moment, axis: tl.constexpr):
+def fold(z, shift, level, total, moment, axis: tl.constexpr, NARROW: tl.constexpr):
     """Folds a tile z into the running statistics, along an axis that they do not have."""
     raised = tl.maximum(shift, tl.max(z, axis))
-    y = finite((z - tl.expand_dims(raised, axis)) * LOG2E)
+    new, scale = level_of(raised, NARROW)
+    y = exponents(z, tl.expand_dims(new, axis), tl.expand_dims(scale, axis), NARROW)
     weight = tl.exp2(y)
-    gap = tl.maximum((shift - raised) * LOG2E, NOTHING)
+    gap = gap_between(shift, level, raised, new, NARROW)
     rescale = tl.exp2(gap)
     moment = rescale * (moment + gap * total) + tl.sum(weight * y, axis)
-    return raised, rescale * total + tl.sum(weight, axis), moment
+    return raised, new, rescale * total + tl.sum(weight, axis), moment
 
 
 @triton.jit
@@ -78,13 +137,17 @@ def read_row(
     dtype: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    DEPTH: tl.constexpr,
+    NARROW: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
     """(m, s, t), [1] each, of the tiles ``first`` to ``last`` of one row; see :func:`.tiles.misalignment`."""
     BLOCK: tl.constexpr = LANES * VEC
-    shift = tl.full([1, LANES], FLOOR, dtype)
-    total = tl.zeros([1, LANES], dtype)
-    moment = tl.zeros([1, LANES], dtype)
+    EACH: tl.constexpr = LANES // DEPTH
+    shift = tl.full([1, EACH], FLOOR, dtype)
+    level, _ = level_of(shift, NARROW)
+    total = tl.zeros([1, EACH], dtype)
+    moment = tl.zeros([1, EACH], dtype)
     columns = tl.arange(0, BLOCK)
     for tile in range(first, last):
         start = tile * BLOCK - head
@@ -98,8 +161,11 @@ def read_row(
             z = tl.load(pointers, mask=touched, other=0.0, eviction_policy=EVICTION)
             kept = of_row(tl.full([1], -start, tl.int32), tl.full([1], target, tl.int32), num_classes, 1, BLOCK, VEC)
             z = tl.where(tl.reshape(kept, [BLOCK]), widen(z, dtype), -float("inf"))
-        shift, total, moment = fold(tl.reshape(z, [1, LANES, VEC]), shift, total, moment, 2)
-    return merge(shift, total, moment, 1)
+        if DEPTH > 1:  # the lanes of a thread are as far apart as there are threads
+            z = tl.permute(tl.reshape(z, [DEPTH, EACH, VEC]), (1, 0, 2))
+        z = tl.reshape(z, [1, EACH, DEPTH * VEC])
+        shift, level, total, moment = fold(z, shift, level, total, moment, 2, NARROW)
+    return merge(shift, total, moment, 1, NARROW)
 
 
 @triton.jit
@@ -132,6 +198,7 @@ def of_pieces(
     VEC: tl.constexpr,
     HEADS: tl.constexpr,
     TAIL: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
     """(m, s, t) of ROWS rows, of what :func:`.tiles.load_pieces` found: nothing is rescaled.
 
@@ -150,11 +217,12 @@ def of_pieces(
     for piece in tl.static_range(1, PIECES):
         top = tl.maximum(top, logits[piece])
     shift = tl.maximum(tl.max(top, 1), FLOOR)
-    y = finite((logits[0] - by_row(shift)) * LOG2E)  # type: ignore[misc]
+    level, scale = level_of(shift, NARROW)
+    y = exponents(logits[0], by_row(level), by_row(scale), NARROW)  # type: ignore[misc]
     total = tl.exp2(y)
     moment = total * y
     for piece in tl.static_range(1, PIECES):
-        y = finite((logits[piece] - by_row(shift)) * LOG2E)
+        y = exponents(logits[piece], by_row(level), by_row(scale), NARROW)
         weight = tl.exp2(y)
         total += weight
         moment += weight * y
@@ -174,10 +242,11 @@ def read_whole_rows(
     VEC: tl.constexpr,
     ALIGN: tl.constexpr,
     HEADS: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
     head = first_classes(base, ROWS, VEC, HEADS)
     pieces = load_pieces(base, head, wanted, num_classes, PIECES, WIDTH, VEC, ALIGN, HEADS, -float("inf"), 0.0)
-    return of_pieces(pieces, head, target, num_classes, dtype, PIECES, ROWS, WIDTH, VEC, HEADS, HEADS)
+    return of_pieces(pieces, head, target, num_classes, dtype, PIECES, ROWS, WIDTH, VEC, HEADS, HEADS, NARROW)
 
 
 @triton.jit
@@ -208,7 +277,7 @@ def read_side_by_side(
         base += tl.cast(stride_k, tl.int64) * VEC
         other = tl.arange(0, VEC)[:, None] != (target - start)[None, :]
         z = tl.where(other, widen(z, dtype), -float("inf"))
-        shift, total, moment = fold(z, shift, total, moment, 0)
+        shift, _, total, moment = fold(z, shift, shift, total, moment, 0, False)
     return tl.where(wanted, shift, FLOOR), total, moment
 
 
@@ -227,8 +296,10 @@ def read_one(
     PIECES: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    DEPTH: tl.constexpr,
     ALIGN: tl.constexpr,
     HEADS: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
     """(m, s, t), [1] each, of a row; of an ignored one, without reading it."""
     BLOCK: tl.constexpr = LANES * VEC
@@ -244,12 +315,12 @@ def read_one(
             head = misalignment(base, ALIGN, ACCESS)
             shift, total, moment = read_row(
                 step_back(base - head, ALIGN), head, target, 0, tl.cdiv(num_classes + head, BLOCK), num_classes,
-                dtype, LANES, VEC, "",
+                dtype, LANES, VEC, DEPTH, NARROW, "",
             )  # fmt: skip
         else:
             one = tl.arange(0, 1)
             shift, total, moment = read_whole_rows(
-                base + one, target + one, one == 0, num_classes, dtype, PIECES, 1, BLOCK, VEC, ALIGN, HEADS
+                base + one, target + one, one == 0, num_classes, dtype, PIECES, 1, BLOCK, VEC, ALIGN, HEADS, NARROW
             )
     return shift, total, moment
 
@@ -277,6 +348,7 @@ def read_several(
     VEC: tl.constexpr,
     ALIGN: tl.constexpr,
     HEADS: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
     """(m, s, t) of ROWS short rows."""
     if ACROSS:
@@ -288,6 +360,6 @@ def read_several(
     else:
         base = row_pointers(logits_pointer, rows, inner, hint(stride_n, ALIGN), stride_d)
         shift, total, moment = read_whole_rows(
-            base, target, wanted, num_classes, dtype, PIECES, ROWS, LANES * VEC, VEC, ALIGN, HEADS
+            base, target, wanted, num_classes, dtype, PIECES, ROWS, LANES * VEC, VEC, ALIGN, HEADS, NARROW
         )
     return shift, total, moment

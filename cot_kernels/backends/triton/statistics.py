@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cot_kernels.backends.triton.monoid import merge, read_one, read_row, read_several
+from cot_kernels.backends.triton.monoid import merge, read_one, read_row, read_several, residue
 from cot_kernels.backends.triton.tiles import (
     ACCESS,
     FLOOR,
@@ -25,11 +25,15 @@ from cot_kernels.backends.triton.tiles import (
 
 
 @triton.jit
-def row_values(target_logit, shift, total, moment):
-    """log2 s, S and b of rows, and whether their complement is empty: no class but the target's above the floor."""
+def row_values(target_logit, shift, total, moment, NARROW: tl.constexpr):
+    """log2 s, S and b of rows, and whether their complement is empty: no class but the target's above the floor.
+
+    NARROW: total and moment are relative to the level of the shift; see :mod:`.monoid`.
+    """
     empty = (shift <= FLOOR) & (total == total)  # a NaN total is no empty sum
     log_total = tl.log2(tl.where(empty, 1.0, total))
     negentropy = tl.where(empty, 0.0, (moment / total - log_total) * LN2)
+    log_total -= residue(shift, NARROW)
     log_odds = log_total * LN2 - (target_logit - shift)
     return log_total, negentropy, log_odds, empty
 
@@ -54,6 +58,7 @@ def finish(
     exponent,
     OBJECTIVE: tl.constexpr,
     REDUCES: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
     """From (m, s, t) to the row's loss, and to the five numbers the backward pass needs of it.
 
@@ -63,7 +68,7 @@ def finish(
     block are written too.
     """
     inside = rows < num_rows
-    log_total, negentropy, log_odds, empty = row_values(target_logit, shift, total, moment)
+    log_total, negentropy, log_odds, empty = row_values(target_logit, shift, total, moment, NARROW)
 
     state = state_pointer + rows
     tl.store(state, shift, mask=inside)
@@ -128,8 +133,10 @@ def statistics_kernel(
     PIECES: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    DEPTH: tl.constexpr,
     ALIGN: tl.constexpr,
     HEADS: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
     """The values of ``turns`` times ROWS rows, read ROWS at a time and finished all at once.
 
@@ -145,12 +152,12 @@ def statistics_kernel(
         if ROWS == 1:
             shift, total, moment = read_one(
                 logits_pointer, target_pointer, block, num_classes, inner, stride_n, stride_d,
-                ignore_index, dtype, LONG, PIECES, LANES, VEC, ALIGN, HEADS,
+                ignore_index, dtype, LONG, PIECES, LANES, VEC, DEPTH, ALIGN, HEADS, NARROW,
             )  # fmt: skip
         else:
             shift, total, moment = read_several(
                 logits_pointer, rows, plane, before, target, wanted, num_rows, num_classes, inner,
-                stride_n, stride_k, stride_d, dtype, ACROSS, PLANE, PIECES, ROWS, LANES, VEC, ALIGN, HEADS,
+                stride_n, stride_k, stride_d, dtype, ACROSS, PLANE, PIECES, ROWS, LANES, VEC, ALIGN, HEADS, NARROW,
             )  # fmt: skip
         target_logit = load_target_logits(
             logits_pointer, rows, target, wanted, inner, stride_n, stride_k, stride_d, dtype
@@ -174,14 +181,14 @@ def statistics_kernel(
             if ROWS == 1:
                 shift, total, moment = read_one(
                     logits_pointer, target_pointer, first + turn, num_classes, inner, stride_n, stride_d,
-                    ignore_index, dtype, LONG, PIECES, LANES, VEC, ALIGN, HEADS,
+                    ignore_index, dtype, LONG, PIECES, LANES, VEC, DEPTH, ALIGN, HEADS, NARROW,
                 )  # fmt: skip
             else:
                 some = first + turn * ROWS + tl.arange(0, ROWS)
                 some_targets, asked, _ = load_targets(target_pointer, some, num_rows, num_classes, ignore_index)
                 shift, total, moment = read_several(
                     logits_pointer, some, 0, 0, some_targets, asked, num_rows, num_classes, inner,
-                    stride_n, stride_k, stride_d, dtype, ACROSS, PLANE, PIECES, ROWS, LANES, VEC, ALIGN, HEADS,
+                    stride_n, stride_k, stride_d, dtype, ACROSS, PLANE, PIECES, ROWS, LANES, VEC, ALIGN, HEADS, NARROW,
                 )  # fmt: skip
             here = (tl.arange(0, TURNS) == turn)[:, None]
             shifts = tl.where(here, shift[None, :], shifts)
@@ -193,7 +200,7 @@ def statistics_kernel(
     finish(
         rows, num_rows, wanted, stray, target_logit, shift, total, moment,
         state_pointer, values_pointer, partials, block, tl.num_programs(0),
-        scale, parameter, exponent, OBJECTIVE, REDUCES,
+        scale, parameter, exponent, OBJECTIVE, REDUCES, NARROW,
     )  # fmt: skip
 
 
@@ -211,7 +218,9 @@ def split_kernel(
     splits,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    DEPTH: tl.constexpr,
     ALIGN: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
     """(m, s, t) of one of the splits of a long row."""
     BLOCK: tl.constexpr = LANES * VEC
@@ -229,7 +238,7 @@ def split_kernel(
     first = split * share
     shift, total, moment = read_row(
         step_back(base - head, ALIGN), head, target, first, tl.minimum(tiles, first + share), num_classes,
-        dtype, LANES, VEC, "",
+        dtype, LANES, VEC, DEPTH, NARROW, "",
     )  # fmt: skip
     place = parts_pointer + program + tl.arange(0, 1)
     tl.store(place, shift)
@@ -260,6 +269,7 @@ def merge_kernel(
     REDUCES: tl.constexpr,
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,  # splits, rounded up to a power of two
+    NARROW: tl.constexpr,
 ):
     """Merges the splits of ROWS rows and finishes them."""
     block = tl.program_id(0).to(tl.int64)
@@ -274,11 +284,11 @@ def merge_kernel(
     shift = tl.load(place, mask=mask, other=FLOOR)
     total = tl.load(place + num_rows * splits, mask=mask, other=0.0)
     moment = tl.load(place + 2 * num_rows * splits, mask=mask, other=0.0)
-    shift, total, moment = merge(shift, total, moment, 1)
+    shift, total, moment = merge(shift, total, moment, 1, NARROW)
 
     target_logit = load_target_logits(logits_pointer, rows, target, wanted, inner, stride_n, stride_k, stride_d, dtype)
     finish(
         rows, num_rows, wanted, stray, target_logit, shift, total, moment,
         state_pointer, values_pointer, partials, block, tl.num_programs(0),
-        scale, parameter, exponent, OBJECTIVE, REDUCES,
+        scale, parameter, exponent, OBJECTIVE, REDUCES, NARROW,
     )  # fmt: skip

@@ -49,8 +49,10 @@ def value_and_gradient_kernel(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    DEPTH: tl.constexpr,
     ALIGN: tl.constexpr,
     TAIL: tl.constexpr,  # the last access of a short row holds what are no classes
+    NARROW: tl.constexpr,
 ):
     """ROWS rows: their values, and their gradient in place of their logits, and of what pads them to 16 bytes."""
     WIDTH: tl.constexpr = LANES * VEC
@@ -70,7 +72,18 @@ def value_and_gradient_kernel(
         tiles = tl.cdiv(num_classes + head, WIDTH)
         read = tl.where(one_wanted, tiles, 0)
         shift, total, moment = read_row(
-            aligned, head, one_target, 0, read, num_classes, dtype, LANES, VEC, "evict_last" if GRADIENT else ""
+            aligned,
+            head,
+            one_target,
+            0,
+            read,
+            num_classes,
+            dtype,
+            LANES,
+            VEC,
+            DEPTH,
+            NARROW,
+            "evict_last" if GRADIENT else "",
         )
     else:
         base = logits_pointer + rows * hint(stride_n, ALIGN)
@@ -79,11 +92,11 @@ def value_and_gradient_kernel(
         nothing: tl.constexpr = -float("inf")
         pieces = load_pieces(base, head, wanted, padded, PIECES, WIDTH, VEC, ALIGN, False, nothing, nothing)
         shift, total, moment = of_pieces(
-            pieces, head, target, num_classes, dtype, PIECES, ROWS, WIDTH, VEC, False, TAIL
+            pieces, head, target, num_classes, dtype, PIECES, ROWS, WIDTH, VEC, False, TAIL, NARROW
         )
 
     # Of an ignored row nothing was read: its negentropy is 0.
-    log_total, negentropy, log_odds, _ = row_values(target_logit, shift, total, moment)
+    log_total, negentropy, log_odds, _ = row_values(target_logit, shift, total, moment, NARROW)
     loss, d_log_odds, d_negentropy = OBJECTIVE(
         log_odds,
         negentropy,
