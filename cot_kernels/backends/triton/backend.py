@@ -431,7 +431,7 @@ def value_and_gradient(
             DEPTH=tile.depth,
             ALIGN=tile.align,
             TAIL=num_classes % tile.vec != 0,
-            NARROW=tile.narrow,
+            NARROW=tile.narrow and tile.long,  # of whole rows the compiler would keep what it widened
             num_warps=tile.warps,
         )  # fmt: skip
     return values

@@ -121,7 +121,7 @@ def load_state(
     num_rows,
     num_classes,
     upstream_stride,
-    factor_at,
+    factor,
     HAS_FACTOR: tl.constexpr,
 ):
     """What the gradient of rows takes beside log2 s: target, shift, and with the upstream gradient slope, offset and
@@ -132,7 +132,7 @@ def load_state(
     shift = tl.load(state, mask=inside, other=0.0)
     upstream = tl.load(upstream_pointer + rows * upstream_stride, mask=inside, other=0.0).to(shift.dtype)
     if HAS_FACTOR:
-        upstream *= tl.load(state_pointer + factor_at)
+        upstream *= factor
     slope = tl.load(state + 2 * num_rows, mask=inside, other=0.0) * upstream
     offset = tl.load(state + 3 * num_rows, mask=inside, other=0.0) * upstream
     at_target = tl.load(state + 4 * num_rows, mask=inside, other=0.0) * upstream
@@ -286,6 +286,7 @@ def gradient_kernel(
     num_rows = tl.cast(num_rows, tl.int64)  # 5 N entries of state pass 2^31
     first = (program - block * shares).to(tl.int32) * turns
     dtype: tl.constexpr = state_pointer.dtype.element_ty
+    factor = tl.load(state_pointer + factor_at) if HAS_FACTOR else 1.0
 
     if LONG:
         row = block
@@ -295,7 +296,7 @@ def gradient_kernel(
         log_total = tl.load(state + num_rows)
         upstream = tl.load(upstream_pointer + row * upstream_stride).to(dtype)
         if HAS_FACTOR:
-            upstream *= tl.load(state_pointer + factor_at)
+            upstream *= factor
         slope = tl.load(state + 2 * num_rows) * upstream
         offset = tl.load(state + 3 * num_rows) * upstream
         at_target = tl.load(state + 4 * num_rows) * upstream
@@ -318,7 +319,7 @@ def gradient_kernel(
         wanted = log_total != float("inf")
         target, shift, slope, offset, at_target = load_state(
             target_pointer, state_pointer, upstream_pointer,
-            rows, num_rows, num_classes, upstream_stride, factor_at, HAS_FACTOR,
+            rows, num_rows, num_classes, upstream_stride, factor, HAS_FACTOR,
         )  # fmt: skip
         base = base_across(logits_pointer, rows, plane, before, inner, stride_n, stride_d, PLANE)
         grad_base = base_across(grad_pointer, rows, plane, before, inner, grad_stride_n, grad_stride_d, PLANE)
@@ -365,7 +366,7 @@ def gradient_kernel(
                 last_end = load_end(base, head, wanted, num_classes, VEC, False)
             target, shift, slope, offset, at_target = load_state(
                 target_pointer, state_pointer, upstream_pointer,
-                rows, num_rows, num_classes, upstream_stride, factor_at, HAS_FACTOR,
+                rows, num_rows, num_classes, upstream_stride, factor, HAS_FACTOR,
             )  # fmt: skip
             write_pieces(
                 pieces, grad_base, head, target, inside, wanted, num_classes,
