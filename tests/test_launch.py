@@ -119,11 +119,11 @@ def test_a_large_logit_anywhere_in_dense_rows(classes: int, dtype: torch.dtype) 
 def test_16_bit_logits_of_any_size(
     dtype: torch.dtype, classes: int, split: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their largest is scaled, rounded and put right; from 2^20 on it is not scaled, and some rows rise beyond that."""
+    """Their largest is scaled, rounded and put right; from 2^16 on it is not scaled, and some rows rise beyond that."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not split:
         monkeypatch.setattr(launch, "choose_splits", lambda *arguments: 1)
-    sizes = [0.0, 3.0, 100.0, 1021.0, 3e4] + [1e5, 2.0**20, 1.0625 * 2**20, 3e9, 1e29, 3e38] * (dtype == torch.bfloat16)
+    sizes = [0.0, 3.0, 100.0, 1021.0, 3e4] + [2.0**16, 1.0625 * 2**16, 1e6, 3e9, 1e29, 3e38] * (dtype == torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     rising = torch.linspace(0.9, 1, classes)
     rows = []
@@ -137,13 +137,46 @@ def test_16_bit_logits_of_any_size(
     exact = logits.double().requires_grad_()
     expected = complement_cross_entropy(exact, target, gamma=-0.7, normalization="none", reduction="none")
     expected.sum().backward()
-    on_device = logits.to(device)
-    loss, saved = backend.loss(on_device, target.to(device), -100, CrossEntropyObjective(1.0, 0.7), "none")
+    on_device, objective = logits.to(device), CrossEntropyObjective(1.0, 0.7)
+    loss, saved = backend.loss(on_device, target.to(device), -100, objective, "none")
     gradient = backend.gradient(on_device, saved, torch.ones((), device=device))
-    torch.testing.assert_close(loss[0].double().cpu(), expected, rtol=3e-6, atol=3e-6)
-    assert exact.grad is not None
-    errors = (gradient.double().cpu() - exact.grad).norm(dim=1)
-    assert (errors <= 8e-3 * exact.grad.norm(dim=1) + 1e-12).all()
+    in_one = backend.value_and_gradient(on_device, target.to(device), -100, objective, None, True)  # in their place
+    for losses, gradients in ((loss[0], gradient), (in_one[0], on_device)):
+        torch.testing.assert_close(losses.double().cpu(), expected, rtol=3e-6, atol=3e-6)
+        assert exact.grad is not None
+        errors = (gradients.double().cpu() - exact.grad).norm(dim=1)
+        assert (errors <= 8e-3 * exact.grad.norm(dim=1) + 1e-12).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("classes", [2, 16, 1000, 1003, 5001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_negentropy_is_never_positive_and_vanishes_beside_a_wrong_class(
+    dtype: torch.dtype, classes: int, split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 16-bit logits but for what the rounding of their level leaves, 2^-48 of the largest."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not split:
+        monkeypatch.setattr(launch, "choose_splits", lambda *arguments: 1)
+    largest = (1.5 * 1.4 ** torch.arange(30)).tolist()  # to 26,000
+    logits = torch.full((3 * len(largest), classes), -50.0)
+    logits[:, classes // 2] = torch.tensor(largest * 3)
+    logits[len(largest) : 2 * len(largest), -1] = torch.tensor(largest)  # one more, and if few others
+    logits[2 * len(largest) :, -1] = torch.tensor(largest) - 13.3
+    logits[:, 0] = 1000 * torch.arange(3).repeat_interleave(len(largest))  # the target's
+    logits = logits.to(dtype)
+    target = torch.zeros(len(logits), dtype=torch.int64)
+    wrong = logits[:, 1:].double()
+    q = wrong.softmax(1)
+    expected = (q * wrong.log_softmax(1)).sum(1)
+    found = backend.statistics(logits.to(device), target.to(device), -100)[2].double().cpu()
+    assert (found <= 0).all()
+    error = (found - expected).abs()
+    assert (error <= 3e-6 * expected.abs() + 1.5e-7).all()  # the rounding of a sum of 1 and little else
+    alone = expected > -1e-12
+    left = 0 if dtype == torch.float32 else 2.0**-46 * wrong[alone].abs().amax(1).clamp(min=1)
+    assert alone.sum() >= 6 and (error[alone] <= 0.01 * expected[alone].abs() + left + 1e-33).all()
 
 
 def test_long_rows_need_equal_heads_in_logits_and_gradient() -> None:
@@ -213,6 +246,37 @@ def test_tiles_of_long_gradients_begin_on_cache_lines(dtype: torch.dtype) -> Non
         assert _tile(logits, logits).overhang == (0 if lined else line - 1)
     planes = memory.as_strided((1, 50000, 2), (50304, 1, 1), begin)
     assert _tile(planes, planes).overhang == line - 1
+
+
+@pytest.mark.parametrize("warp", [32, 64])
+@pytest.mark.parametrize("itemsize", [8, 4, 2])
+@pytest.mark.parametrize("classes", [2056, 4096, 50257, 128256])
+def test_a_thread_folds_all_that_it_has_of_a_tile(classes: int, itemsize: int, warp: int) -> None:
+    """Unless lanes apart make pairs; and no more than that, for it would have to ask other threads."""
+
+    def tile(pairs: bool) -> launch.Tile:
+        return launch.choose_tile(
+            classes, itemsize, classes_adjoin=True, rows_aligned=False, head_aligned=True, warp=warp, pairs=pairs
+        )
+
+    assert tile(False).long and tile(False).lanes == tile(False).depth * warp * tile(False).warps
+    assert tile(True).depth == 1 and not tile(True).narrow
+    assert tile(False).narrow == (itemsize == 2 and warp == 32)
+
+
+def test_short_rows_of_16_bits_are_narrow() -> None:
+    """But for few classes that begin anywhere, and rows side by side."""
+    bfloat16 = torch.bfloat16
+    for logits in (matrix(40, bfloat16), matrix(1000, bfloat16), matrix(1001, bfloat16), matrix(1000, torch.float16)):
+        assert _tile(logits).narrow
+    others = (
+        matrix(32, bfloat16),
+        matrix(57, bfloat16),
+        matrix(121, bfloat16),
+        torch.zeros(2, 21, 48, dtype=bfloat16),
+        matrix(1000),
+    )
+    assert not any(_tile(each).narrow for each in others)
 
 
 def test_rows_are_padded_as_far_as_their_storage_goes() -> None:

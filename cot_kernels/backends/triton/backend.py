@@ -46,11 +46,13 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
 def _pairs(device: torch.device) -> bool:
     """Whether float32 arithmetic takes two numbers at a time: on AMD's GPUs, and from compute capability 10 on."""
-    return torch.version.hip is not None or (
-        device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
-    )
+    return torch.version.hip is not None or _capability(device) >= 10
 
 
 def _on(device: int) -> AbstractContextManager[object]:
@@ -228,7 +230,8 @@ def _plan_forward(
             "NARROW": tile.narrow,
         }
         # Others take few enough registers by themselves, and a limit only costs instructions.
-        limit = _registers(launch.REGISTERS_ACROSS) if tile.across and not tile.plane else {}
+        eight = tile.across and not tile.plane and logits.itemsize == 2
+        limit = _registers(launch.REGISTERS_ACROSS) if eight else {}
         rows = (Prepared(statistics_kernel, blocks, (*numbers, turns), constants, num_warps=tile.warps, **limit),)
 
     parts = (3, num_rows, splits) if splits > 1 else None

@@ -8,10 +8,9 @@ left, which from m = 1e9 on is more than an exponential can hold.
 
 NARROW logits, of 16 bits, are so many to a byte that instructions count, and can be spared that one: their y_j is then
 z_j log2 e - h, rounded once, of a level h = round(m log2 e), and s and t are relative to h in place of m. What that
-leaves is the same for all logits of a row: S, which is t / s - log2 s, does not show it, and log2 s is put right once a
-row (:func:`residue`). From |m| = 2^20 on the scale is 1 in place of log2 e, and h is m itself: two bfloat16 numbers are
-there 2^12 apart or more, so that what is not the maximum is nothing in either scale, and the rounding of a larger h
-would get out of hand.
+leaves is the same for all logits of a row, and is taken out once a row (:func:`settle`). From |m| = 2^16 on the scale
+is 1 in place of log2 e, and h is m itself: two bfloat16 numbers are there 2^8 apart or more, so that what is not the
+maximum is nothing in either scale, and the rounding of a larger h would get out of hand.
 
 A tile of BLOCK = LANES * VEC classes of a long row is folded into one running (m, s, t) for each DEPTH lanes, as many
 as a thread has: their maximum costs no exchange between threads, and one rescaling serves all of them. What the threads
@@ -48,7 +47,7 @@ from cot_kernels.backends.triton.tiles import (
 )
 
 # From here on the scale of NARROW logits is 1.
-_LARGE = tl.constexpr(2.0**20)
+_LARGE = tl.constexpr(2.0**16)
 
 # Triton's interpreter rounds the product of a multiply-add too.
 _INTERPRETED = tl.constexpr(knobs.runtime.interpret)
@@ -92,13 +91,16 @@ def gap_between(old_shift, old_level, new_shift, new_level, NARROW: tl.constexpr
 
 
 @triton.jit
-def residue(shift, NARROW: tl.constexpr):
-    """m log2 e - h."""
-    rest = tl.zeros_like(shift)
-    if NARROW:
-        level, scale = level_of(shift, NARROW)
-        rest = multiply_add(shift, scale, -level)
-    return rest
+def settle(shift, total, moment):
+    """s and t of NARROW logits relative to their maximum, from those relative to its level.
+
+    With r = m log2 e - h, s = 1 + 2^-r (s' - 2^r) and t = 2^-r (t' - r s'). What the maximum itself adds to s' is 2^r
+    to the bit, so that s is 1 and log2 s is 0 where the others are nothing beside it; of t a rounding of r is left.
+    """
+    level, scale = level_of(shift, True)
+    rest = multiply_add(shift, scale, -level)
+    back = tl.exp2(-rest)
+    return (total - tl.exp2(rest)) * back + 1, multiply_add(-rest, total, moment) * back
 
 
 @triton.jit

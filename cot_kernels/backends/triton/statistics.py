@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cot_kernels.backends.triton.monoid import merge, read_one, read_row, read_several, residue
+from cot_kernels.backends.triton.monoid import merge, read_one, read_row, read_several, settle
 from cot_kernels.backends.triton.tiles import (
     ACCESS,
     FLOOR,
@@ -30,10 +30,13 @@ def row_values(target_logit, shift, total, moment, NARROW: tl.constexpr):
 
     NARROW: total and moment are relative to the level of the shift; see :mod:`.monoid`.
     """
+    if NARROW:
+        total, moment = settle(shift, total, moment)
     empty = (shift <= FLOOR) & (total == total)  # a NaN total is no empty sum
     log_total = tl.log2(tl.where(empty, 1.0, total))
     negentropy = tl.where(empty, 0.0, (moment / total - log_total) * LN2)
-    log_total -= residue(shift, NARROW)
+    if NARROW:
+        negentropy = tl.minimum(negentropy, 0.0, propagate_nan=tl.PropagateNan.ALL)  # of what is left there
     log_odds = log_total * LN2 - (target_logit - shift)
     return log_total, negentropy, log_odds, empty
 
