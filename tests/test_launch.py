@@ -155,7 +155,7 @@ def test_16_bit_logits_of_any_size(
 def test_a_negentropy_is_never_positive_and_vanishes_beside_a_wrong_class(
     dtype: torch.dtype, classes: int, split: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 16-bit logits but for what the rounding of their level leaves, 2^-48 of the largest."""
+    """Of 16-bit logits but for what the rounding of their level leaves, at most 2^-46 of the largest."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not split:
         monkeypatch.setattr(launch, "choose_splits", lambda *arguments: 1)
