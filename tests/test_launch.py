@@ -113,8 +113,9 @@ def test_a_large_logit_anywhere_in_dense_rows(classes: int, dtype: torch.dtype) 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("classes", [16, 21, 1000, 1003, 3000, 5001])
+@pytest.mark.parametrize(
+    ("classes", "split"), [(21, False), (40, False), (1000, False), (1003, False), (3000, False), (5001, True)]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_logits_of_any_size(
     dtype: torch.dtype, classes: int, split: bool, monkeypatch: pytest.MonkeyPatch
@@ -149,8 +150,9 @@ def test_16_bit_logits_of_any_size(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("classes", [2, 16, 1000, 1003, 5001])
+@pytest.mark.parametrize(
+    ("classes", "split"), [(2, False), (40, False), (1000, False), (1003, False), (3000, False), (5001, True)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_negentropy_is_never_positive_and_vanishes_beside_a_wrong_class(
     dtype: torch.dtype, classes: int, split: bool, monkeypatch: pytest.MonkeyPatch
