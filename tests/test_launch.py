@@ -114,7 +114,7 @@ def test_a_large_logit_anywhere_in_dense_rows(classes: int, dtype: torch.dtype) 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("classes", "split"), [(21, False), (40, False), (1000, False), (1003, False), (3000, False), (5001, True)]
+    ("classes", "split"), [(21, False), (40, False), (1000, False), (1003, False), (2056, False), (2501, True)]
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_logits_of_any_size(
@@ -151,7 +151,7 @@ def test_16_bit_logits_of_any_size(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("classes", "split"), [(2, False), (40, False), (1000, False), (1003, False), (3000, False), (5001, True)]
+    ("classes", "split"), [(2, False), (40, False), (1000, False), (1003, False), (2056, False), (2501, True)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_negentropy_is_never_positive_and_vanishes_beside_a_wrong_class(
@@ -161,7 +161,8 @@ def test_a_negentropy_is_never_positive_and_vanishes_beside_a_wrong_class(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not split:
         monkeypatch.setattr(launch, "choose_splits", lambda *arguments: 1)
-    largest = (1.5 * 1.4 ** torch.arange(30)).tolist()  # to 26,000
+    # 2^r and 2^-r, each rounded, are no inverse of each other for the remainder r of most of these.
+    largest = [1.5, 2.1, 4.12, 5.76, 7.3, 15.8, 31, 60, 233, 326, 896, 1757, 3444, 18521, 25930]
     logits = torch.full((3 * len(largest), classes), -50.0)
     logits[:, classes // 2] = torch.tensor(largest * 3)
     logits[len(largest) : 2 * len(largest), -1] = torch.tensor(largest)  # one more, and if few others
