@@ -280,6 +280,8 @@ def test_short_rows_of_16_bits_are_narrow() -> None:
         matrix(1000),
     )
     assert not any(_tile(each).narrow for each in others)
+    amd = launch.choose_tile(1000, 2, classes_adjoin=True, rows_aligned=True, head_aligned=True, warp=64)
+    assert not amd.narrow
 
 
 def test_rows_are_padded_as_far_as_their_storage_goes() -> None:

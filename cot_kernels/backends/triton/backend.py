@@ -229,9 +229,9 @@ def _plan_forward(
             "HEADS": tile.heads and not tile.long,  # long rows look for their boundary anyway
             "NARROW": tile.narrow,
         }
-        # Others take few enough registers by themselves, and a limit only costs instructions.
-        eight = tile.across and not tile.plane and logits.itemsize == 2
-        limit = _registers(launch.REGISTERS_ACROSS) if eight else {}
+        # Threads of eight rows side by side; others take few enough by themselves, and a limit costs instructions.
+        eight_rows = tile.across and not tile.plane and logits.itemsize == 2
+        limit = _registers(launch.REGISTERS_ACROSS) if eight_rows else {}
         rows = (Prepared(statistics_kernel, blocks, (*numbers, turns), constants, num_warps=tile.warps, **limit),)
 
     parts = (3, num_rows, splits) if splits > 1 else None

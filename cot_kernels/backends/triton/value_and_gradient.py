@@ -71,19 +71,9 @@ def value_and_gradient_kernel(
         aligned = step_back(base, ALIGN)
         tiles = tl.cdiv(num_classes + head, WIDTH)
         read = tl.where(one_wanted, tiles, 0)
+        eviction: tl.constexpr = "evict_last" if GRADIENT else ""
         shift, total, moment = read_row(
-            aligned,
-            head,
-            one_target,
-            0,
-            read,
-            num_classes,
-            dtype,
-            LANES,
-            VEC,
-            DEPTH,
-            NARROW,
-            "evict_last" if GRADIENT else "",
+            aligned, head, one_target, 0, read, num_classes, dtype, LANES, VEC, DEPTH, NARROW, eviction
         )
     else:
         base = logits_pointer + rows * hint(stride_n, ALIGN)
