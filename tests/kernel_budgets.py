@@ -60,11 +60,11 @@ NVIDIA = {
 AMD = {
     "statistics": {
         "tiny": Budget(38, 250, 56, 64),
-        "short": Budget(19.5, 320, 67, 64),
+        "short": Budget(19.5, 300, 66, 64),
         "tiny, odd": Budget(43, 240, 58, 64),
-        "short, odd": Budget(25, 260, 68, 64),
+        "short, odd": Budget(25, 240, 64, 64),
         "tiny, sliced": Budget(43, 240, 51, 64),
-        "short, sliced": Budget(17, 260, 68, 112),
+        "short, sliced": Budget(17.5, 240, 61, 128),
         "long": Budget(13, 460, 42, 32),
         "long, odd": Budget(13, 420, 42, 32),
         "class-major": Budget(15.5, 1100, 74, 48),
