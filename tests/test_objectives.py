@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from twin_kernel import twin_kernel
+from twin_kernel import arithmetic, twin_kernel
 
 from cot_kernels.backends.triton.objectives import device_twin
 from cot_kernels.objectives import (
@@ -98,6 +99,13 @@ def test_extremes_are_finite_or_the_limit(objective: Objective, extreme: float) 
     assert math.isfinite(values.d_log_odds.item()) and math.isfinite(values.d_negentropy.item())
 
 
+def evaluated(rows: Tensor, twin: Any, parameters: tuple[float, float, float]) -> Tensor:
+    """What a device function makes of two numbers a row, three a row."""
+    out = torch.full((3, rows.shape[1]), torch.nan, dtype=rows.dtype, device=rows.device)
+    twin_kernel[(1,)](rows, out, *parameters, rows.shape[1], TWIN=twin, BLOCK=128)
+    return out.cpu().double()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("objective", [objective for objective, _ in FORMULAS], ids=IDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -106,14 +114,43 @@ def test_device_twins(objective: Objective, dtype: torch.dtype) -> None:
     log_odds, negentropy = rows()
     ends = torch.tensor([-1e30, -104.0, 104.0, 1e30], dtype=torch.float64)
     log_odds, negentropy = torch.cat((log_odds, ends)), torch.cat((negentropy, -torch.ones(4, dtype=torch.float64)))
-    stacked = torch.stack((log_odds, negentropy)).to(dtype).to(device)
-    out = torch.full((3, len(log_odds)), torch.nan, dtype=dtype, device=device)
-    twin, parameters = device_twin(objective)
-    twin_kernel[(1,)](stacked, out, *parameters, len(log_odds), TWIN=twin, BLOCK=128)
+    values = evaluated(torch.stack((log_odds, negentropy)).to(dtype).to(device), *device_twin(objective))
     true = objective.rows(log_odds.to(dtype).double(), negentropy.to(dtype).double())
     tolerance = {"rtol": 1e-10, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-7}
-    for got, expected in zip(out.cpu().double(), true, strict=True):
+    for got, expected in zip(values, true, strict=True):
         torch.testing.assert_close(got, expected, **tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("eps", [0.0, 1e-20, 1e-7, 1.0, 1e30])
+def test_device_twins_at_any_eps_and_confidence(eps: float, dtype: torch.dtype) -> None:
+    log_odds = torch.tensor([-math.inf, -1e30, -710.0, -90.0, -20.0, 0.0, 20.0, 1e30, math.inf, math.nan], dtype=dtype)
+    objective = ComplementEntropyObjective(1.0, eps)
+    stacked = torch.stack((log_odds, torch.full_like(log_odds, -2))).to("cuda" if HAS_GPU else "cpu")
+    loss, d_log_odds, d_negentropy = evaluated(stacked, *device_twin(objective))
+    true = objective.rows(log_odds.double(), torch.full((10,), -2.0, dtype=torch.float64))
+    tolerance: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6, "equal_nan": True}
+    torch.testing.assert_close(loss, true.loss, **tolerance)
+    torch.testing.assert_close(d_negentropy[:9], true.d_negentropy[:9], **tolerance)
+    assert d_log_odds[:9].isfinite().all() and d_log_odds[9].isnan()
+
+
+@pytest.mark.gpu
+def test_device_arithmetic() -> None:
+    """Of the numbers that it is for, and of what is none."""
+    whole = 2 ** torch.arange(31, dtype=torch.float64)
+    near = torch.cat([1 + whole[:20] * 2**-23, math.sqrt(2) * (1 + torch.arange(-3, 4) * 2**-23), whole, 3 * whole])
+    x = torch.cat([near, torch.tensor([math.nan, math.inf])]).float()
+    y = torch.cat([torch.linspace(0.01, 1e30, len(x) - 1), torch.tensor([math.nan])])
+    device = "cuda" if HAS_GPU else "cpu"
+    logarithm, quotient, inverse = evaluated(torch.stack((x, y)).to(device), arithmetic, (0.0, 0.0, 0.0))
+    assert (logarithm[27:58] == torch.arange(31)).all()
+    assert logarithm[-2:].isnan().all()
+    torch.testing.assert_close(logarithm[:-2], x[:-2].double().log2(), rtol=2.5e-7, atol=0)
+    torch.testing.assert_close(quotient[:-2], x[:-2].double() / y[:-2].double(), rtol=2.5e-7, atol=0)
+    torch.testing.assert_close(inverse[:-1], 1 / y[:-1].double(), rtol=2.5e-7, atol=0)
+    assert quotient[-1].isnan() and inverse[-1].isnan()
 
 
 def test_an_objective_without_a_twin_is_refused() -> None:

@@ -1,9 +1,13 @@
-"""A kernel that evaluates a device objective on given rows. Imported by conftest while the interpreter is chosen."""
+"""A kernel that evaluates a device objective, or its arithmetic, on given rows. Imported by conftest while the
+interpreter is chosen.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from cot_kernels.backends.triton.arithmetic import log2, quotient
 
 
 @triton.jit
@@ -31,3 +35,9 @@ def twin_kernel(
     tl.store(out_pointer + place, loss, mask=mask)
     tl.store(out_pointer + count + place, d_log_odds, mask=mask)
     tl.store(out_pointer + 2 * count + place, d_negentropy, mask=mask)
+
+
+@triton.jit
+def arithmetic(x, y, scale, parameter, exponent):
+    """In the place of a device objective: log2 x, x / y and 1 / y."""
+    return log2(x), quotient(x, y), quotient(tl.full(y.shape, 1.0, y.dtype), y)

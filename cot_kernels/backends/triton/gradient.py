@@ -107,9 +107,9 @@ def write_tile(
 
 
 @triton.jit
-def load_log_total(state_pointer, rows, num_rows):
+def load_log_total(state_pointer, rows, inside, num_rows):
     """log2 s: infinite for ignored rows, and for those that there are not."""
-    return tl.load(state_pointer + num_rows + rows, mask=rows < num_rows, other=float("inf"))
+    return tl.load(state_pointer + num_rows + rows, mask=inside, other=float("inf"))
 
 
 @triton.jit
@@ -118,6 +118,7 @@ def load_state(
     state_pointer,
     upstream_pointer,
     rows,
+    inside,
     num_rows,
     num_classes,
     upstream_stride,
@@ -126,8 +127,7 @@ def load_state(
 ):
     """What the gradient of rows takes beside log2 s: target, shift, and with the upstream gradient slope, offset and
     what the target gets."""
-    inside = rows < num_rows
-    target, _ = to_class(tl.load(target_pointer + rows, mask=inside, other=-1).to(tl.int64), num_classes)
+    target = to_class(tl.load(target_pointer + rows, mask=inside, other=-1).to(tl.int64), num_classes)
     state = state_pointer + rows
     shift = tl.load(state, mask=inside, other=0.0)
     upstream = tl.load(upstream_pointer + rows * upstream_stride, mask=inside, other=0.0).to(shift.dtype)
@@ -290,7 +290,7 @@ def gradient_kernel(
 
     if LONG:
         row = block
-        target, _ = to_class(tl.load(target_pointer + row).to(tl.int64), num_classes)
+        target = to_class(tl.load(target_pointer + row).to(tl.int64), num_classes)
         state = state_pointer + row
         shift = tl.load(state)
         log_total = tl.load(state + num_rows)
@@ -313,13 +313,13 @@ def gradient_kernel(
                 shift, log_total, slope, offset, at_target, WIDTH, VEC, ALIGN, "",
             )  # fmt: skip
     elif ACROSS:
-        rows, plane, before = rows_across(block, num_rows, inner, ROWS, PLANE)
-        inside, whole = rows < num_rows, before + ROWS <= inner
-        log_total = load_log_total(state_pointer, rows, num_rows)
+        rows, inside, plane, before = rows_across(block, num_rows, inner, ROWS, PLANE)
+        whole = before + ROWS <= inner
+        log_total = load_log_total(state_pointer, rows, inside, num_rows)
         wanted = log_total != float("inf")
         target, shift, slope, offset, at_target = load_state(
             target_pointer, state_pointer, upstream_pointer,
-            rows, num_rows, num_classes, upstream_stride, factor, HAS_FACTOR,
+            rows, inside, num_rows, num_classes, upstream_stride, factor, HAS_FACTOR,
         )  # fmt: skip
         base = base_across(logits_pointer, rows, plane, before, inner, stride_n, stride_d, PLANE)
         grad_base = base_across(grad_pointer, rows, plane, before, inner, grad_stride_n, grad_stride_d, PLANE)
@@ -352,10 +352,11 @@ def gradient_kernel(
     else:
         # Whether rows are read at all is asked for a turn ahead.
         start = program * turns * ROWS
-        coming = load_log_total(state_pointer, start + tl.arange(0, ROWS), num_rows)
+        first_rows = start + tl.arange(0, ROWS)
+        coming = load_log_total(state_pointer, first_rows, first_rows < num_rows, num_rows)
         for turn in range(turns):
             rows, log_total = start + turn * ROWS + tl.arange(0, ROWS), coming
-            coming = load_log_total(state_pointer, rows + ROWS, num_rows)
+            coming = load_log_total(state_pointer, rows + ROWS, rows + ROWS < num_rows, num_rows)
             inside, wanted = rows < num_rows, log_total != float("inf")
             base = row_pointers(logits_pointer, rows, inner, hint(stride_n, ALIGN), stride_d)
             grad_base = row_pointers(grad_pointer, rows, inner, hint(grad_stride_n, ALIGN), grad_stride_d)
@@ -366,7 +367,7 @@ def gradient_kernel(
                 last_end = load_end(base, head, wanted, num_classes, VEC, False)
             target, shift, slope, offset, at_target = load_state(
                 target_pointer, state_pointer, upstream_pointer,
-                rows, num_rows, num_classes, upstream_stride, factor, HAS_FACTOR,
+                rows, inside, num_rows, num_classes, upstream_stride, factor, HAS_FACTOR,
             )  # fmt: skip
             write_pieces(
                 pieces, grad_base, head, target, inside, wanted, num_classes,

@@ -11,6 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from cot_kernels.backends.triton.arithmetic import log2, quotient
 from cot_kernels.backends.triton.tiles import LN2, LOG2E
 from cot_kernels.objectives import (
     ComplementEntropyObjective,
@@ -18,6 +19,12 @@ from cot_kernels.objectives import (
     GuidedComplementEntropyObjective,
     Objective,
 )
+
+_ALL = tl.constexpr(tl.PropagateNan.ALL)
+
+# Their reciprocals are no subnormal numbers.
+_LARGE = tl.constexpr(2.0**125)
+_LARGE_DOUBLE = tl.constexpr(2.0**1020)
 
 
 @triton.jit
@@ -30,7 +37,7 @@ def _exp(x):
 def _odds(log_odds):
     """1 - p and p, and x = e^-|b|, of which both are made, with 1 / (1 + x)."""
     x = _exp(-tl.abs(log_odds))
-    inverse = 1 / (1 + x)
+    inverse = quotient(tl.full(x.shape, 1.0, x.dtype), 1 + x)
     less = x * inverse
     return tl.where(log_odds < 0, less, inverse), tl.where(log_odds < 0, inverse, less), x, inverse
 
@@ -39,13 +46,13 @@ def _odds(log_odds):
 def complement_entropy(log_odds, negentropy, scale, eps, unused):
     """With e^-b = p / (1 - p), u is 1 / (1 + eps + eps e^-b), and p eps / (1 - p + eps) is u eps e^-b."""
     raised = tl.where((eps != 0) | (log_odds != log_odds), eps * _exp(-log_odds), 0.0)
+    # Where 1 - p underflows, u is as good as 0, and u ln u with it.
+    raised = tl.minimum(raised, _LARGE_DOUBLE if raised.dtype == tl.float64 else _LARGE, propagate_nan=_ALL)
     v = 1 + eps + raised  # 1 / u
-    u = 1 / v
-    log_u = tl.where(u != 0, -tl.log2(v) * LN2, 0.0)  # u = 0 where 1 - p underflows, and there u ln u is 0
-    loss = scale * u * (negentropy + log_u)
+    u = quotient(tl.full(v.shape, 1.0, v.dtype), v)
     d_negentropy = scale * u
-    at_target = tl.where(u != 0, raised * u, 0.0)
-    return loss, (loss + d_negentropy) * at_target, d_negentropy
+    loss = d_negentropy * (negentropy - log2(v) * LN2)
+    return loss, (loss + d_negentropy) * raised * u, d_negentropy
 
 
 @triton.jit
@@ -64,7 +71,7 @@ def cross_entropy(log_odds, negentropy, scale, weight, unused):
     miss, _, x, inverse = _odds(log_odds)
     # ln(1 + x): the rounding of 1 + x is put back to first order.
     y = 1 + x
-    log1p = tl.log2(y) * LN2 + (x - (y - 1)) * inverse
+    log1p = log2(y) * LN2 + (x - (y - 1)) * inverse
     loss = scale * (tl.maximum(log_odds, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p)
     # Kept apart: a weight of 0 must not turn an infinite or NaN negentropy into a NaN loss.
     loss += tl.where(weight != 0, scale * weight * negentropy, 0.0)

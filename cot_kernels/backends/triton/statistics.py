@@ -10,11 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cot_kernels.backends.triton.monoid import merge, read_one, read_row, read_several, settle
+from cot_kernels.backends.triton.arithmetic import log2, quotient
+from cot_kernels.backends.triton.monoid import merge, read_one, read_row, read_side_by_side, read_whole_rows, settle
 from cot_kernels.backends.triton.tiles import (
     ACCESS,
     FLOOR,
     LN2,
+    base_across,
+    each_across,
+    hint,
     load_target_logits,
     load_targets,
     misalignment,
@@ -32,9 +36,10 @@ def row_values(target_logit, shift, total, moment, NARROW: tl.constexpr):
     """
     if NARROW:
         total, moment = settle(shift, total, moment)
-    empty = (shift <= FLOOR) & (total == total)  # a NaN total is no empty sum
-    log_total = tl.log2(tl.where(empty, 1.0, total))
-    negentropy = tl.where(empty, 0.0, (moment / total - log_total) * LN2)
+    empty = shift <= FLOOR
+    total = tl.where(empty, total * 0 + 1, total)  # a NaN total is no empty sum; the moment of one is 0
+    log_total = log2(total)
+    negentropy = (quotient(moment, total) - log_total) * LN2
     if NARROW:
         negentropy = tl.minimum(negentropy, 0.0, propagate_nan=tl.PropagateNan.ALL)  # of what is left there
     log_odds = log_total * LN2 - (target_logit - shift)
@@ -44,9 +49,10 @@ def row_values(target_logit, shift, total, moment, NARROW: tl.constexpr):
 @triton.jit
 def finish(
     rows,
+    inside,
     num_rows,
+    target,
     wanted,
-    stray,
     target_logit,
     shift,
     total,
@@ -70,18 +76,18 @@ def finish(
     objective the statistics (z_g, L, S) themselves are written. Where it reduces, the partial sums of the
     block are written too.
     """
-    inside = rows < num_rows
     log_total, negentropy, log_odds, empty = row_values(target_logit, shift, total, moment, NARROW)
 
     state = state_pointer + rows
     tl.store(state, shift, mask=inside)
     tl.store(state + num_rows, tl.where(wanted, log_total, float("inf")), mask=inside)
-    nan = float("nan")
     if OBJECTIVE is None:
+        nan = float("nan")
+        stray = target < 0
         lse = tl.where(empty, -float("inf"), shift + log_total * LN2)
-        tl.store(values_pointer + rows, tl.where(stray, nan, tl.where(wanted, target_logit, 0.0)), mask=inside)
-        tl.store(values_pointer + num_rows + rows, tl.where(stray, nan, tl.where(wanted, lse, 0.0)), mask=inside)
-        kept = tl.where(stray, nan, tl.where(wanted, negentropy, 0.0))
+        tl.store(values_pointer + rows, tl.where(wanted, target_logit, 0.0), mask=inside)
+        tl.store(values_pointer + num_rows + rows, tl.where(wanted, tl.where(stray, nan, lse), 0.0), mask=inside)
+        kept = tl.where(wanted, tl.where(stray, nan, negentropy), 0.0)
         tl.store(values_pointer + 2 * num_rows + rows, kept, mask=inside)
     else:
         # The state is handed on whole: what an ignored row holds must not show in it.
@@ -95,10 +101,9 @@ def finish(
             tl.full(rows.shape, parameter, log_odds.dtype),
             tl.full(rows.shape, exponent, log_odds.dtype),
         )
-        loss = tl.where(stray, nan, tl.where(wanted, loss, 0.0))
-        offset = tl.where(stray, nan, d_negentropy * negentropy - d_log_odds)
+        loss = tl.where(wanted, loss, 0.0)
         tl.store(state + 2 * num_rows, d_negentropy * LN2, mask=inside)
-        tl.store(state + 3 * num_rows, offset, mask=inside)
+        tl.store(state + 3 * num_rows, d_negentropy * negentropy - d_log_odds, mask=inside)
         tl.store(state + 4 * num_rows, -d_log_odds, mask=inside)
         if REDUCES:
             place = state_pointer + partials + block
@@ -150,33 +155,36 @@ def statistics_kernel(
     num_rows = tl.cast(num_rows, tl.int64)  # 5 N entries of state pass 2^31
     dtype: tl.constexpr = tl.float64 if logits_pointer.dtype.element_ty == tl.float64 else tl.float32
     if TURNS == 1:
-        rows, plane, before = rows_across(block, num_rows, inner, ROWS, PLANE)
-        target, wanted, stray = load_targets(target_pointer, rows, num_rows, num_classes, ignore_index)
-        if ROWS == 1:
-            shift, total, moment = read_one(
-                logits_pointer, target_pointer, block, num_classes, inner, stride_n, stride_d,
-                ignore_index, dtype, LONG, PIECES, LANES, VEC, DEPTH, ALIGN, HEADS, NARROW,
-            )  # fmt: skip
-        else:
-            shift, total, moment = read_several(
-                logits_pointer, rows, plane, before, target, wanted, num_rows, num_classes, inner,
-                stride_n, stride_k, stride_d, dtype, ACROSS, PLANE, PIECES, ROWS, LANES, VEC, ALIGN, HEADS, NARROW,
-            )  # fmt: skip
-        target_logit = load_target_logits(
-            logits_pointer, rows, target, wanted, inner, stride_n, stride_k, stride_d, dtype
-        )
+        rows, inside, plane, before = rows_across(block, num_rows, inner, ROWS, PLANE)
+        target, wanted = load_targets(target_pointer, rows, inside, num_classes, ignore_index)
         if ACROSS:
-            # Found again in place of kept: on an AMD GPU the masks of eight rows are sixteen scalar registers.
-            stray = wanted & (target < 0)
+            base = base_across(logits_pointer, rows, plane, before, inner, stride_n, stride_d, PLANE)
+            shift, total, moment = read_side_by_side(
+                base, target, inside, before + ROWS <= inner, wanted, num_classes, stride_k, stride_d,
+                dtype, ROWS, VEC, PLANE,
+            )  # fmt: skip
+            base = each_across(base, stride_d, ROWS, PLANE)
+        else:
+            base = row_pointers(logits_pointer, rows, inner, hint(stride_n, ALIGN), stride_d)
+            if ROWS == 1:
+                shift, total, moment = read_one(
+                    logits_pointer, target_pointer, block, num_classes, inner, stride_n, stride_d,
+                    ignore_index, dtype, LONG, PIECES, LANES, VEC, DEPTH, ALIGN, HEADS, NARROW,
+                )  # fmt: skip
+            else:
+                shift, total, moment = read_whole_rows(
+                    base, target, wanted, num_classes, dtype, PIECES, ROWS, LANES * VEC, VEC, ALIGN, HEADS, NARROW
+                )
+        target_logit = load_target_logits(base, target, wanted, stride_k, dtype)
     else:
         first = block * (turns * ROWS)
         order = tl.arange(0, TURNS * ROWS)
-        rows = tl.where(order < turns * ROWS, first + order, num_rows)
-        target, wanted, stray = load_targets(target_pointer, rows, num_rows, num_classes, ignore_index)
+        rows = first + order
+        inside = (order < turns * ROWS) & (rows < num_rows)
+        target, wanted = load_targets(target_pointer, rows, inside, num_classes, ignore_index)
         # Asked for before the rows are read: where rows are few, its latency would show.
-        target_logit = load_target_logits(
-            logits_pointer, rows, target, wanted, inner, stride_n, stride_k, stride_d, dtype
-        )
+        base = row_pointers(logits_pointer, rows, inner, stride_n, stride_d)
+        target_logit = load_target_logits(base, target, wanted, stride_k, dtype)
         shifts = tl.full([TURNS, ROWS], FLOOR, dtype)
         totals = tl.zeros([TURNS, ROWS], dtype)
         moments = tl.zeros([TURNS, ROWS], dtype)
@@ -188,10 +196,11 @@ def statistics_kernel(
                 )  # fmt: skip
             else:
                 some = first + turn * ROWS + tl.arange(0, ROWS)
-                some_targets, asked, _ = load_targets(target_pointer, some, num_rows, num_classes, ignore_index)
-                shift, total, moment = read_several(
-                    logits_pointer, some, 0, 0, some_targets, asked, num_rows, num_classes, inner,
-                    stride_n, stride_k, stride_d, dtype, ACROSS, PLANE, PIECES, ROWS, LANES, VEC, ALIGN, HEADS, NARROW,
+                some_targets, asked = load_targets(target_pointer, some, some < num_rows, num_classes, ignore_index)
+                some_base = row_pointers(logits_pointer, some, inner, hint(stride_n, ALIGN), stride_d)
+                shift, total, moment = read_whole_rows(
+                    some_base, some_targets, asked, num_classes,
+                    dtype, PIECES, ROWS, LANES * VEC, VEC, ALIGN, HEADS, NARROW,
                 )  # fmt: skip
             here = (tl.arange(0, TURNS) == turn)[:, None]
             shifts = tl.where(here, shift[None, :], shifts)
@@ -201,7 +210,7 @@ def statistics_kernel(
         total = tl.reshape(totals, [TURNS * ROWS])
         moment = tl.reshape(moments, [TURNS * ROWS])
     finish(
-        rows, num_rows, wanted, stray, target_logit, shift, total, moment,
+        rows, inside, num_rows, target, wanted, target_logit, shift, total, moment,
         state_pointer, values_pointer, partials, block, tl.num_programs(0),
         scale, parameter, exponent, OBJECTIVE, REDUCES, NARROW,
     )  # fmt: skip
@@ -233,7 +242,7 @@ def split_kernel(
     num_rows = tl.cast(num_rows, tl.int64)
     dtype: tl.constexpr = tl.float64 if logits_pointer.dtype.element_ty == tl.float64 else tl.float32
 
-    target, wanted, _ = load_targets(target_pointer, row, num_rows, num_classes, ignore_index)
+    target, wanted = load_targets(target_pointer, row, row < num_rows, num_classes, ignore_index)
     base = row_pointers(logits_pointer, row, inner, stride_n, stride_d)
     head = misalignment(base, ALIGN, ACCESS)
     tiles = tl.where(wanted, tl.cdiv(num_classes + head, BLOCK), 0)
@@ -278,20 +287,22 @@ def merge_kernel(
     block = tl.program_id(0).to(tl.int64)
     num_rows = tl.cast(num_rows, tl.int64)
     rows = block * ROWS + tl.arange(0, ROWS)
-    target, wanted, stray = load_targets(target_pointer, rows, num_rows, num_classes, ignore_index)
+    inside = rows < num_rows
+    target, wanted = load_targets(target_pointer, rows, inside, num_classes, ignore_index)
     dtype: tl.constexpr = tl.float64 if logits_pointer.dtype.element_ty == tl.float64 else tl.float32
 
     order = tl.arange(0, SPLITS)
-    mask = (rows < num_rows)[:, None] & (order < splits)[None, :]
+    mask = inside[:, None] & (order < splits)[None, :]
     place = parts_pointer + rows[:, None] * splits + order[None, :]
     shift = tl.load(place, mask=mask, other=FLOOR)
     total = tl.load(place + num_rows * splits, mask=mask, other=0.0)
     moment = tl.load(place + 2 * num_rows * splits, mask=mask, other=0.0)
     shift, total, moment = merge(shift, total, moment, 1, NARROW)
 
-    target_logit = load_target_logits(logits_pointer, rows, target, wanted, inner, stride_n, stride_k, stride_d, dtype)
+    base = row_pointers(logits_pointer, rows, inner, stride_n, stride_d)
+    target_logit = load_target_logits(base, target, wanted, stride_k, dtype)
     finish(
-        rows, num_rows, wanted, stray, target_logit, shift, total, moment,
+        rows, inside, num_rows, target, wanted, target_logit, shift, total, moment,
         state_pointer, values_pointer, partials, block, tl.num_programs(0),
         scale, parameter, exponent, OBJECTIVE, REDUCES, NARROW,
     )  # fmt: skip

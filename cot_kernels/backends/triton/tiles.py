@@ -29,25 +29,25 @@ def row_pointers(pointer, rows, inner, stride_n, stride_d):
 
 @triton.jit
 def to_class(target, num_classes):
-    """A target as int32, -1 where it is out of range, and whether it is in range."""
+    """A target as int32, -1 where it is out of range."""
     in_range = target.to(tl.uint64) < num_classes.to(tl.uint64)  # below 0 is huge
-    return tl.where(in_range, target, -1).to(tl.int32), in_range
+    return tl.where(in_range, target, -1).to(tl.int32)
 
 
 @triton.jit
-def load_targets(target_pointer, rows, num_rows, num_classes, ignore_index):
-    """Targets as int32 (-1 where out of range), the rows to compute, and those among them that are out of range."""
-    inside = rows < num_rows
+def load_targets(target_pointer, rows, inside, num_classes, ignore_index):
+    """Targets as int32, -1 where out of range, and the rows to compute."""
     target = tl.load(target_pointer + rows, mask=inside, other=0).to(tl.int64)
     wanted = inside & (target != ignore_index)
-    target, in_range = to_class(target, num_classes)
-    return target, wanted, wanted & (in_range == 0)
+    return to_class(target, num_classes), wanted
 
 
 @triton.jit
-def load_target_logits(logits_pointer, rows, target, wanted, inner, stride_n, stride_k, stride_d, dtype: tl.constexpr):
-    place = row_pointers(logits_pointer, rows, inner, stride_n, stride_d) + target.to(tl.int64) * stride_k
-    return tl.load(place, mask=wanted & (target >= 0), other=0.0).to(dtype)
+def load_target_logits(base, target, wanted, stride_k, dtype: tl.constexpr):
+    """Of rows that begin at ``base``; NaN where a row is not wanted, and where its target is out of range: so will be
+    all that follows of it."""
+    place = base + target.to(tl.int64) * stride_k
+    return tl.load(place, mask=wanted & (target >= 0), other=float("nan")).to(dtype)
 
 
 @triton.jit
@@ -129,17 +129,18 @@ def is_target(target, ROWS: tl.constexpr, WIDTH: tl.constexpr, VEC: tl.constexpr
 
 @triton.jit
 def rows_across(block, num_rows, inner, ROWS: tl.constexpr, PLANE: tl.constexpr):
-    """The rows of a program, [ROWS] (``num_rows`` for those that there are not); with PLANE its plane, and how many
-    rows of that come before."""
+    """The rows of a program, [ROWS], and which of them there are; with PLANE its plane, and how many rows of that come
+    before."""
     if PLANE:
         shares = tl.cdiv(inner, ROWS)
         plane = block // shares
         before = (block - plane * shares) * ROWS
         place = before + tl.arange(0, ROWS)
-        rows = tl.where(place < inner, plane * inner + place, num_rows)
+        rows, inside = plane * inner + place, place < inner
     else:
         rows, plane, before = block * ROWS + tl.arange(0, ROWS), 0, 0
-    return rows, plane, before
+        inside = rows < num_rows
+    return rows, inside, plane, before
 
 
 @triton.jit
@@ -150,6 +151,12 @@ def base_across(pointer, rows, plane, before, inner, stride_n, stride_d, PLANE: 
     else:
         base = row_pointers(pointer, rows, inner, stride_n, stride_d)
     return base
+
+
+@triton.jit
+def each_across(base, stride_d, ROWS: tl.constexpr, PLANE: tl.constexpr):
+    """The first class of each row, [ROWS]."""
+    return base + tl.arange(0, ROWS).to(tl.int64) * stride_d if PLANE else base
 
 
 @triton.jit

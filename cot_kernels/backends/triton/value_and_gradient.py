@@ -60,12 +60,12 @@ def value_and_gradient_kernel(
     num_rows = tl.cast(num_rows, tl.int64)
     rows = block * ROWS + tl.arange(0, ROWS)
     inside = rows < num_rows
-    target, wanted, stray = load_targets(target_pointer, rows, num_rows, num_classes, ignore_index)
+    target, wanted = load_targets(target_pointer, rows, inside, num_classes, ignore_index)
     dtype: tl.constexpr = tl.float64 if logits_pointer.dtype.element_ty == tl.float64 else tl.float32
-    target_logit = load_target_logits(logits_pointer, rows, target, wanted, 1, stride_n, 1, 0, dtype)
+    target_logit = load_target_logits(logits_pointer + rows * stride_n, target, wanted, 1, dtype)
 
     if LONG:
-        one_target, one_wanted, _ = load_targets(target_pointer, block, num_rows, num_classes, ignore_index)
+        one_target, one_wanted = load_targets(target_pointer, block, block < num_rows, num_classes, ignore_index)
         base = logits_pointer + block * stride_n
         head = misalignment(base, ALIGN, ACCESS)  # none: but it is this from which the compiler knows
         aligned = step_back(base, ALIGN)
@@ -95,11 +95,10 @@ def value_and_gradient_kernel(
         tl.full([ROWS], exponent, dtype),
     )
     likelihood, _, _ = cross_entropy(log_odds, negentropy, tl.full([ROWS], 1.0, dtype), tl.full([ROWS], 0.0, dtype), 0)
-    nan = float("nan")
     place = values_pointer + rows
-    tl.store(place, tl.where(stray, nan, tl.where(wanted, loss, 0.0)), mask=inside)
-    tl.store(place + num_rows, tl.where(stray, nan, tl.where(wanted, likelihood, 0.0)), mask=inside)
-    tl.store(place + 2 * num_rows, tl.where(stray, nan, negentropy), mask=inside)
+    tl.store(place, tl.where(wanted, loss, 0.0), mask=inside)
+    tl.store(place + num_rows, tl.where(wanted, likelihood, 0.0), mask=inside)
+    tl.store(place + 2 * num_rows, tl.where(wanted & (target < 0), float("nan"), negentropy), mask=inside)
 
     if GRADIENT:
         # From here on logits are lost: every thread must have read its own, and that of the target.
@@ -108,7 +107,7 @@ def value_and_gradient_kernel(
         if HAS_UPSTREAM:
             upstream = tl.load(upstream_pointer + rows * upstream_stride, mask=wanted, other=0.0).to(dtype)
         slope = d_negentropy * LN2 * upstream
-        offset = tl.where(stray, nan, d_negentropy * negentropy - d_log_odds) * upstream
+        offset = (d_negentropy * negentropy - d_log_odds) * upstream
         at_target = -d_log_odds * upstream
         if LONG:
             one_shift = tl.sum(shift, 0)
