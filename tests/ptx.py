@@ -66,7 +66,8 @@ _KNOWN = re.compile(
             rf"(add|sub|mul\.lo|mad\.lo|div|rem|max|min|neg|abs|shr)\.{_INT}|shl\.b(16|32|64)|shr\.{_UINT}",
             r"(mul|mad)\.wide\.[su](16|32)|bfe\.[su]32",
             r"(add|sub|mul)(\.rn)?(\.ftz)?\.(f32|f64|f32x2)|fma\.rn(\.ftz)?\.(f32|f64|f32x2)|(add|sub)\.rn\.f32\.f16",
-            rf"(max|min)(\.NaN)?\.{_FLOAT}|(neg|abs)(\.ftz)?\.{_FLOAT}|div\.(full\.f32|rn\.f32|rn\.f64)",
+            rf"(max|min)(\.NaN)?\.{_FLOAT}|(neg|abs)(\.ftz)?\.{_FLOAT}|max\.f16x2|max(\.NaN)?\.bf16x2",
+            r"div\.(full\.f32|approx\.ftz\.f32|rn\.f32|rn\.f64)",
             r"(ex2|lg2|rcp|sqrt)\.approx(\.ftz)?\.f32|rcp\.approx\.ftz\.f64",
             r"bar\.(warp\.)?sync|bra(\.uni)?|ret|createpolicy\.fractional\.L2::\w+\.b64",
         )
@@ -311,6 +312,11 @@ class Machine:
         elif kind == "pred":
             values = [self._predicate(each, active) for each in operands[1:]]
             self._set(operands[0], ~values[0] if name == "not" else _BINARY[name](*values), active)
+        elif kind == "bf16x2":
+            values = [self._value(each, np.dtype("u4"), active).view(np.uint16) for each in operands[1:]]
+            wide = [(each.astype(np.uint32) << 16).view(np.float32) for each in values]
+            halves = (self._arithmetic(name, modifiers, wide).view(np.uint32) >> 16).astype(np.uint16)
+            self._set(operands[0], halves.view(np.uint32), active)
         elif kind.endswith("x2"):
             # Two lanes of a packed register, each in its own half.
             single = np.dtype(f"{_dtype(kind[:-2]).str}")
@@ -358,7 +364,8 @@ class Machine:
             picked: Array = functools.reduce(pick, values)  # of two, or of three
             return picked
         if name == "div" and dtype.kind == "f":
-            return first / values[1]
+            huge = ("approx" in modifiers) & (np.abs(values[1]) > 2.0**126) & np.isfinite(first)
+            return np.where(huge, first * 0, first / values[1])
         if name in ("div", "rem") and dtype.kind != "f":  # towards zero
             quotient = np.where(values[1] != 0, np.trunc(first / np.where(values[1] == 0, 1, values[1])), 0)
             quotient = quotient.astype(dtype)

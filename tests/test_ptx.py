@@ -89,6 +89,21 @@ def test_maxima_let_nan_through_where_they_should() -> None:
     assert run(three, values)[:4].tolist() == [2, 2, 2, np.inf]
 
 
+def test_both_halves_of_a_register() -> None:
+    """In bfloat16: NaN and 1 in its halves; -2 and infinity in those of another."""
+    both = "mov.b32 %r3, 0x7FC03F80;\n mov.b32 %r4, 0xC0007F80;\n"
+    assert (run(both + "max.bf16x2 %r9, %r3, %r4;") == 0xC0007F80).all()
+    assert (run(both + "max.NaN.bf16x2 %r9, %r3, %r4;") == 0x7FC07F80).all()
+    assert (run("mov.b32 %r3, 0x7E003C00;\n mov.b32 %r4, 0xC0007C00;\n max.f16x2 %r9, %r3, %r4;") == 0xC0007C00).all()
+
+
+def test_the_approximate_quotient_ends_where_reciprocals_are_subnormal() -> None:
+    values = np.array([2.0**125, 2.0**127, np.inf, np.nan] * 8, np.float32)
+    load = "ld.global.b32 { %r3 }, [ %rd2 + 0 ];\n mov.b32 %r4, 0f41000000;\n"
+    found = run(load + "div.approx.ftz.f32 %r9, %r4, %r3;", values)[:4]
+    assert found[:3].tolist() == [2.0**-122, 0, 0] and np.isnan(found[3])
+
+
 def test_threads_that_went_apart_exchange_when_all_are_there() -> None:
     """The way back lies before the way there: the one that is behind must not go alone."""
     body = """

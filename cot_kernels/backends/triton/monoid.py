@@ -10,7 +10,8 @@ NARROW logits, of 16 bits, are so many to a byte that instructions count, and ca
 z_j log2 e - h, rounded once, of a level h = round(m log2 e), and s and t are relative to h in place of m. What that
 leaves is the same for all logits of a row, and is taken out once a row (:func:`settle`). From |m| = 2^16 on the scale
 is 1 in place of log2 e, and h is m itself: two bfloat16 numbers are there 2^8 apart or more, so that what is not the
-maximum is nothing in either scale, and the rounding of a larger h would get out of hand.
+maximum is nothing in either scale, and the rounding of a larger h would get out of hand. They stay in pairs, as they
+were read, until they are needed: so registers hold twice as many, and two are compared at a time (:mod:`.packed`).
 
 A tile of BLOCK = LANES * VEC classes of a long row is folded into one running (m, s, t) for each DEPTH lanes, as many
 as a thread has: their maximum costs no exchange between threads, and one rescaling serves all of them. What the threads
@@ -25,14 +26,14 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton import knobs
 
+from cot_kernels.backends.triton.arithmetic import multiply_add
+from cot_kernels.backends.triton.packed import finite, in_pairs, larger, largest, only, without_target
 from cot_kernels.backends.triton.tiles import (
     ACCESS,
     FLOOR,
     LOG2E,
     NOTHING,
-    base_across,
     by_row,
     first_classes,
     hint,
@@ -49,17 +50,6 @@ from cot_kernels.backends.triton.tiles import (
 # From here on the scale of NARROW logits is 1.
 _LARGE = tl.constexpr(2.0**16)
 
-# Triton's interpreter rounds the product of a multiply-add too.
-_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
-
-
-@triton.jit
-def multiply_add(x, y, z):
-    """x y + z, rounded once; in the interpreter of numbers whose product a float64 holds."""
-    if _INTERPRETED:
-        return (x.to(tl.float64) * y.to(tl.float64) + z.to(tl.float64)).to(z.dtype)
-    return tl.fma(x, y, z)
-
 
 @triton.jit
 def level_of(shift, NARROW: tl.constexpr):
@@ -75,9 +65,10 @@ def level_of(shift, NARROW: tl.constexpr):
 
 @triton.jit
 def exponents(z, level, scale, NARROW: tl.constexpr):
-    """y of logits. Without -inf, for 0 * -inf would make the moment NaN. The NaN of a logit is let through."""
-    y = multiply_add(z, scale, -level) if NARROW else (z - level) * LOG2E
-    return tl.maximum(y, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    """y of logits, those of NARROW ones finite or NaN. Without -inf, for 0 * -inf would make the moment NaN. The NaN of
+    a logit is let through."""
+    all_nan: tl.constexpr = tl.PropagateNan.ALL
+    return multiply_add(z, scale, -level) if NARROW else tl.maximum((z - level) * LOG2E, FLOOR, propagate_nan=all_nan)
 
 
 @triton.jit
@@ -116,16 +107,27 @@ def merge(shift, total, moment, axis: tl.constexpr, NARROW: tl.constexpr):
 
 
 @triton.jit
-def fold(z, shift, level, total, moment, axis: tl.constexpr, NARROW: tl.constexpr):
-    """Folds a tile z into the running statistics, along an axis that they do not have."""
-    raised = tl.maximum(shift, tl.max(z, axis))
+def masked(z, kept, ROWS: tl.constexpr, WIDTH: tl.constexpr, dtype: tl.constexpr, NARROW: tl.constexpr):
+    """Logits with -inf where they are not ``kept``, widened, or if NARROW in pairs."""
+    return in_pairs(only(z, kept), ROWS, WIDTH) if NARROW else tl.where(kept, widen(z, dtype), -float("inf"))
+
+
+@triton.jit
+def fold(z, shift, level, total, moment, axis: tl.constexpr, of: tl.constexpr, NARROW: tl.constexpr):
+    """Folds a tile z into the running statistics, along an axis that they do not have; if NARROW, of pairs of logits
+    of the dtype ``of``."""
+    raised = tl.maximum(shift, largest(z, axis, of) if NARROW else tl.max(z, axis))
     new, scale = level_of(raised, NARROW)
-    y = exponents(z, tl.expand_dims(new, axis), tl.expand_dims(scale, axis), NARROW)
-    weight = tl.exp2(y)
     gap = gap_between(shift, level, raised, new, NARROW)
     rescale = tl.exp2(gap)
-    moment = rescale * (moment + gap * total) + tl.sum(weight * y, axis)
-    return raised, new, rescale * total + tl.sum(weight, axis), moment
+    total, moment = rescale * total, rescale * (moment + gap * total)
+    parts = finite(z, of) if NARROW else (z,)
+    for part in tl.static_range(1 + NARROW):
+        y = exponents(parts[part], tl.expand_dims(new, axis), tl.expand_dims(scale, axis), NARROW)
+        weight = tl.exp2(y)
+        total += tl.sum(weight, axis)
+        moment += tl.sum(weight * y, axis)
+    return raised, new, total, moment
 
 
 @triton.jit
@@ -146,6 +148,8 @@ def read_row(
     """(m, s, t), [1] each, of the tiles ``first`` to ``last`` of one row; see :func:`.tiles.misalignment`."""
     BLOCK: tl.constexpr = LANES * VEC
     EACH: tl.constexpr = LANES // DEPTH
+    HELD: tl.constexpr = VEC // 2 if NARROW else VEC
+    of: tl.constexpr = aligned.dtype.element_ty
     shift = tl.full([1, EACH], FLOOR, dtype)
     level, _ = level_of(shift, NARROW)
     total = tl.zeros([1, EACH], dtype)
@@ -155,18 +159,19 @@ def read_row(
         start = tile * BLOCK - head
         pointers = aligned + (tile * BLOCK + columns)
         if is_interior(start, target, num_classes, BLOCK):
-            z = widen(tl.load(pointers, eviction_policy=EVICTION), dtype)
+            z = tl.load(pointers, eviction_policy=EVICTION)
+            z = in_pairs(z, 1, BLOCK) if NARROW else widen(z, dtype)
         else:
             # Whole accesses as far as they hold classes of the row, and of these what is one.
             access = columns // VEC * VEC
             touched = (start + access + VEC > 0) & (start + access < num_classes)
             z = tl.load(pointers, mask=touched, other=0.0, eviction_policy=EVICTION)
             kept = of_row(tl.full([1], -start, tl.int32), tl.full([1], target, tl.int32), num_classes, 1, BLOCK, VEC)
-            z = tl.where(tl.reshape(kept, [BLOCK]), widen(z, dtype), -float("inf"))
+            z = masked(z, tl.reshape(kept, [BLOCK]), 1, BLOCK, dtype, NARROW)
         if DEPTH > 1:  # the lanes of a thread are as far apart as there are threads
-            z = tl.permute(tl.reshape(z, [DEPTH, EACH, VEC]), (1, 0, 2))
-        z = tl.reshape(z, [1, EACH, DEPTH * VEC])
-        shift, level, total, moment = fold(z, shift, level, total, moment, 2, NARROW)
+            z = tl.permute(tl.reshape(z, [DEPTH, EACH, HELD]), (1, 0, 2))
+        z = tl.reshape(z, [1, EACH, DEPTH * HELD])
+        shift, level, total, moment = fold(z, shift, level, total, moment, 2, of, NARROW)
     return merge(shift, total, moment, 1, NARROW)
 
 
@@ -188,6 +193,21 @@ def of_row(head, target, num_classes, ROWS: tl.constexpr, WIDTH: tl.constexpr, V
 
 
 @triton.jit
+def begin(z, level, scale, NARROW: tl.constexpr):
+    """s and t of a place that has had one logit."""
+    y = exponents(z, level, scale, NARROW)
+    total = tl.exp2(y)
+    return total, total * y
+
+
+@triton.jit
+def go_on(total, moment, z, level, scale, NARROW: tl.constexpr):
+    y = exponents(z, level, scale, NARROW)
+    weight = tl.exp2(y)
+    return total + weight, moment + weight * y
+
+
+@triton.jit
 def of_pieces(
     pieces,
     head,
@@ -206,28 +226,32 @@ def of_pieces(
 
     TAIL: accesses that were made hold what is no class.
     """
+    of: tl.constexpr = pieces[0].dtype
     logits = ()
     for piece in tl.static_range(PIECES):
         first = head - piece * WIDTH
+        z = pieces[piece]
         if (piece >= HEADS) & (piece + 1 + HEADS < PIECES) or not TAIL:
-            kept = is_target(first + target, ROWS, WIDTH, VEC) == 0
+            if NARROW:
+                z = without_target(in_pairs(z, ROWS, WIDTH), first + target, ROWS, WIDTH, VEC, of)
+            else:
+                z = tl.where(is_target(first + target, ROWS, WIDTH, VEC), -float("inf"), widen(z, dtype))
         else:
             kept = of_row(first, target, num_classes, ROWS, WIDTH, VEC)
-        z = tl.where(kept, widen(pieces[piece], dtype), -float("inf"))
+            z = masked(z, kept, ROWS, WIDTH, dtype, NARROW)
         logits += (z,)  # type: ignore[assignment]
     top = logits[0]  # type: ignore[misc]
     for piece in tl.static_range(1, PIECES):
-        top = tl.maximum(top, logits[piece])
-    shift = tl.maximum(tl.max(top, 1), FLOOR)
+        top = larger(top, logits[piece], of) if NARROW else tl.maximum(top, logits[piece])
+    shift = tl.maximum(largest(top, 1, of) if NARROW else tl.max(top, 1), FLOOR)
     level, scale = level_of(shift, NARROW)
-    y = exponents(logits[0], by_row(level), by_row(scale), NARROW)  # type: ignore[misc]
-    total = tl.exp2(y)
-    moment = total * y
-    for piece in tl.static_range(1, PIECES):
-        y = exponents(logits[piece], by_row(level), by_row(scale), NARROW)
-        weight = tl.exp2(y)
-        total += weight
-        moment += weight * y
+    level, scale = by_row(level), by_row(scale)
+    parts = ()
+    for piece in tl.static_range(PIECES):
+        parts += finite(logits[piece], of) if NARROW else (logits[piece],)  # type: ignore[assignment, misc]
+    total, moment = begin(parts[0], level, scale, NARROW)  # type: ignore[misc]
+    for part in tl.static_range(1, PIECES * (1 + NARROW)):
+        total, moment = go_on(total, moment, parts[part], level, scale, NARROW)
     return shift, tl.sum(total, 1), tl.sum(moment, 1)
 
 
@@ -279,7 +303,7 @@ def read_side_by_side(
         base += tl.cast(stride_k, tl.int64) * VEC
         other = tl.arange(0, VEC)[:, None] != (target - start)[None, :]
         z = tl.where(other, widen(z, dtype), -float("inf"))
-        shift, _, total, moment = fold(z, shift, shift, total, moment, 0, False)
+        shift, _, total, moment = fold(z, shift, shift, total, moment, 0, dtype, False)
     return tl.where(wanted, shift, FLOOR), total, moment
 
 
@@ -324,44 +348,4 @@ def read_one(
             shift, total, moment = read_whole_rows(
                 base + one, target + one, one == 0, num_classes, dtype, PIECES, 1, BLOCK, VEC, ALIGN, HEADS, NARROW
             )
-    return shift, total, moment
-
-
-@triton.jit
-def read_several(
-    logits_pointer,
-    rows,
-    plane,
-    before,
-    target,
-    wanted,
-    num_rows,
-    num_classes,
-    inner,
-    stride_n,
-    stride_k,
-    stride_d,
-    dtype: tl.constexpr,
-    ACROSS: tl.constexpr,
-    PLANE: tl.constexpr,
-    PIECES: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    VEC: tl.constexpr,
-    ALIGN: tl.constexpr,
-    HEADS: tl.constexpr,
-    NARROW: tl.constexpr,
-):
-    """(m, s, t) of ROWS short rows."""
-    if ACROSS:
-        base = base_across(logits_pointer, rows, plane, before, inner, stride_n, stride_d, PLANE)
-        shift, total, moment = read_side_by_side(
-            base, target, rows < num_rows, before + ROWS <= inner, wanted, num_classes, stride_k, stride_d,
-            dtype, ROWS, VEC, PLANE,
-        )  # fmt: skip
-    else:
-        base = row_pointers(logits_pointer, rows, inner, hint(stride_n, ALIGN), stride_d)
-        shift, total, moment = read_whole_rows(
-            base, target, wanted, num_classes, dtype, PIECES, ROWS, LANES * VEC, VEC, ALIGN, HEADS, NARROW
-        )
     return shift, total, moment

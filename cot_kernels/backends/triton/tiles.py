@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cot_kernels.backends.triton import launch
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -14,7 +16,7 @@ FLOOR = tl.constexpr(-9.999999394896025e29)
 
 # Of the accesses of a thread, and of what an L2 cache moves and keeps.
 ACCESS = tl.constexpr(16)
-LINE = tl.constexpr(128)
+LINE = tl.constexpr(launch.LINE)
 
 # To this power 2 is zero, in float64 as well.
 NOTHING = tl.constexpr(-4096.0)
