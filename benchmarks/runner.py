@@ -335,7 +335,7 @@ def run(
     advance: Callable[[str], None],
     save: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """The report: what is missing, the copy's bandwidth, and the rows. ``save`` is given it after every case.
+    """The report: what is missing, the copy's bandwidth, and the rows. ``save`` is given it after every case, and last.
 
     All cases in one dtype, then in the next: where time runs out, no case is missing in the first.
     """
@@ -362,7 +362,7 @@ def run(
     if settings.on_gpu:
         # Last: where it has looked once, the profiler slows every launch after.
         _count_launches(rows, cases, dtypes, present, settings)
-        save(report)
+    save(report)  # with the cases that there was no time for
     return report
 
 

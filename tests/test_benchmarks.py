@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from benchmarks import __main__ as suite
 from benchmarks import correctness, growth, host, kernels, linear, resources, runner, startup, timing
-from benchmarks.cases import Case
+from benchmarks.cases import PARTS, Case
 from benchmarks.providers import PROVIDERS, Provider
 from benchmarks.runner import Row, Settings
 
@@ -287,6 +287,18 @@ def test_nothing_is_started_after_the_deadline() -> None:
         (runner.COPY, "skipped", runner.LATE),
         ("measured", "skipped", runner.LATE),
     ]
+
+
+def test_what_there_was_no_time_for_is_written_too(tmp_path: Path) -> None:
+    """A file without it would say that these cases were never wanted."""
+    output = tmp_path / "late.json"
+    options = ["--quick", "--device", "cpu", "--threads", "1", "--provider", "F.cross_entropy", "--minutes", "0.00001"]
+    report = suite.main([*options, "--output", str(output)])
+    written = json.loads(output.read_text())["results"]
+    assert [(row["case"], row["provider"], row["message"]) for row in written] == [
+        (row.case, row.provider, runner.LATE) for row in report["results"]
+    ]
+    assert {row["case"] for row in written} == {case.name for case in PARTS["quick"]}
 
 
 def test_one_dtype_is_measured_after_the_other() -> None:
