@@ -9,13 +9,11 @@ the same in replays of a CUDA graph, where nothing waits for the host.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
 
-Row: TypeAlias = dict[str, Any]  # of benchmarks.runner
+from benchmarks.reports import Row, comparable, read
 
 LARGE = 8192 * 32000  # logits: 2^28 within three percent, so that all vocabularies count
 SMALL = ("128 x 10", "256 x 100", "256 x 1000", "4096 x 1000")
@@ -113,17 +111,11 @@ def _found(verdict: Verdict) -> str:
 
 
 def rows_of(files: Sequence[Path]) -> list[Row]:
-    """Of results that can be compared: of one GPU, each case and dtype in one file."""
-    reports = {file: json.loads(file.read_text()) for file in files}
-    devices = {report["environment"]["device"] for report in reports.values()}
-    if len(devices) > 1 or "cpu" in devices:
-        raise ValueError(f"of one GPU, got {', '.join(sorted(devices))}")
-    seen: dict[str, Path] = {}
-    for file, report in reports.items():
-        for case in {f"{row['case']}, {row['dtype']}" for row in report["results"]}:
-            if seen.setdefault(case, file) != file:
-                raise ValueError(f"each case in one file, got {case} in {seen[case]} and {file}")
-    return [row for report in reports.values() for row in report["results"]]
+    """Of results that can be compared, of a GPU."""
+    reports = {file: read(file) for file in files}
+    if any(report["environment"]["device"] == "cpu" for report in reports.values()):
+        raise ValueError("results must be of a GPU, got cpu")
+    return comparable(reports)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Figures from results: ``python -m benchmarks.plots FILE --output DIRECTORY``.
+"""Figures from results: ``python -m benchmarks.plots FILE ... --output DIRECTORY``.
 
 Share of the copy's bandwidth and speed-up against the number of classes, memory, and the latency of small problems,
 those that the results hold points for. Forward and backward together, with an upstream gradient that is not 1.
@@ -7,7 +7,6 @@ those that the results hold points for. Forward and backward together, with an u
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.cases import DTYPES
 from benchmarks.providers import PROVIDERS
+from benchmarks.reports import Report, comparable, read
 from benchmarks.runner import COPY
 
 Rows: TypeAlias = Sequence[dict[str, Any]]
@@ -258,30 +258,37 @@ def write(figure: Figure, path: Path) -> None:
     figure.savefig(path)
 
 
-def results_file(text: str) -> list[dict[str, Any]]:
-    """For argparse: the rows of a results file."""
+def results_file(text: str) -> tuple[Path, Report]:
+    """For argparse: a results file and what it holds."""
     try:
-        rows = json.loads(Path(text).read_text())["results"]
-        if not all(row.keys() >= {"provider", "p50", "peak_bytes", "classes"} for row in rows):
+        report = read(Path(text))
+        if "device" not in report["environment"]:
             raise KeyError
+        for row in report["results"]:
+            place = {"along"} if "along" in row else {"case", "dtype"}
+            if not row.keys() >= {"provider", "p50", "peak_bytes", "classes"} | place:
+                raise KeyError
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error.strerror}") from error
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         wanted = "expected a file of python -m benchmarks, or of python -m benchmarks.growth"
         raise argparse.ArgumentTypeError(f"{text!r} holds other results: {wanted}") from error
-    return list(rows)
+    return Path(text), report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "results", type=results_file, nargs="+",
-        help="JSON files of python -m benchmarks, of one machine, or of python -m benchmarks.growth",
+        help="JSON files of python -m benchmarks, each case in one of them, or of python -m benchmarks.growth",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, help="directory for the PNG files")
     parser.add_argument("--prefix", default="", help="of the files' names")
     options = parser.parse_args(arguments)
-    rows = [row for results in options.results for row in results]
+    try:
+        rows = comparable(dict(options.results))
+    except ValueError as error:
+        parser.error(str(error))
     grown = [row for row in rows if "along" in row]
     drawn = figures([row for row in rows if "along" not in row])
     for name, figure in (drawn | ({"growth": growth(grown)} if grown else {})).items():

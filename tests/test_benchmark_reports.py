@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import goals, readme, runner
-from benchmarks.cases import Case
+from benchmarks.cases import GPU_PARTS, Case
 from benchmarks.providers import PROVIDERS
 from benchmarks.runner import Row
 
@@ -48,6 +48,27 @@ def test_figures(results: list[dict[str, Any]], tmp_path: Path) -> None:
     bars = drawn["speedup"].axes[0].patches
     assert len(bars) == 4 * (len(PROVIDERS) - 1)
     assert bars[0].get_height() == pytest.approx(101 / 102)
+
+
+def test_figures_are_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same case of two runs, or of two devices, would be drawn as one: of the last file, without a word."""
+    plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
+    parts = [str(RESULTS / f"gpu_{part}.json") for part in GPU_PARTS]
+
+    def refused(*files: str) -> str:
+        with pytest.raises(SystemExit):
+            plots.main([*files, "--output", str(tmp_path)])
+        assert not list(tmp_path.iterdir())
+        return capsys.readouterr().err
+
+    cpu, aten, growth = (str(RESULTS / f"{name}.json") for name in ("cpu", "cpu_aten", "growth"))
+    assert "results must have each case in one file, got " in refused(cpu, aten)
+    assert "results must be of one device, got NVIDIA H200, cpu" in refused(cpu, parts[0])
+    grown = tmp_path.with_suffix(".json")
+    grown.write_text(Path(growth).read_text())
+    assert "got growth along " in refused(growth, str(grown))
+    plots.main([*parts, "--output", str(tmp_path), "--prefix", "gpu_"])
+    assert {file.name for file in tmp_path.iterdir()} >= {"gpu_roofline.png", "gpu_latency.png"}
 
 
 def test_no_figures_without_points(results: list[dict[str, Any]]) -> None:
@@ -124,8 +145,8 @@ def test_gpu_goals_are_judged_by_the_worst_case() -> None:
 @pytest.mark.parametrize(
     ("devices", "cases", "said"),
     [
-        (("cpu",), ("128 x 10",), "of one GPU, got cpu"),
-        (("NVIDIA A", "NVIDIA B"), ("128 x 10", "256 x 100"), "of one GPU, got NVIDIA A, NVIDIA B"),
+        (("cpu",), ("128 x 10",), "of a GPU, got cpu"),
+        (("NVIDIA A", "NVIDIA B"), ("128 x 10", "256 x 100"), "of one device, got NVIDIA A, NVIDIA B"),
         (("NVIDIA A", "NVIDIA A"), ("128 x 10", "128 x 10"), "each case in one file, got 128 x 10, bf16 in"),
     ],
 )

@@ -1,0 +1,37 @@
+"""Results files: read, and refused where their rows cannot stand in one table or figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Row: TypeAlias = dict[str, Any]  # of benchmarks.runner, or of benchmarks.growth
+Report: TypeAlias = dict[str, Any]
+
+
+def read(file: Path) -> Report:
+    """What a file holds; where that is not JSON, the error names the file."""
+    try:
+        report: Report = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} holds no JSON, or not all of it: {error}") from error
+    return report
+
+
+def comparable(reports: Mapping[Path, Report]) -> list[Row]:
+    """The rows of all, which must be of one device, and what is of one case and dtype in one file."""
+    devices = {report["environment"]["device"] for report in reports.values()}
+    if len(devices) > 1:
+        raise ValueError(f"results must be of one device, got {', '.join(sorted(devices))}")
+    seen: dict[str, Path] = {}
+    for file, report in reports.items():
+        for case in {_case_of(row) for row in report["results"]}:
+            if seen.setdefault(case, file) != file:
+                raise ValueError(f"results must have each case in one file, got {case} in {seen[case]} and {file}")
+    return [row for report in reports.values() for row in report["results"]]
+
+
+def _case_of(row: Row) -> str:
+    return f"growth along {row['along']}" if "along" in row else f"{row['case']}, {row['dtype']}"
