@@ -64,3 +64,17 @@ def output_file(text: str) -> Path:
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
     return path
+
+
+def output_folder(text: str) -> Path:
+    """A folder that files can be written to; it is made."""
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is a file: expected a folder") from error
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be made: {error.strerror}") from error
+    if not os.access(path, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
+    return path

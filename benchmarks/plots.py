@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.arguments import output_folder
 from benchmarks.cases import DTYPES
 from benchmarks.providers import PROVIDERS
 from benchmarks.reports import Report, comparable, read
@@ -282,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "results", type=results_file, nargs="+",
         help="JSON files of python -m benchmarks, each case in one of them, or of python -m benchmarks.growth",
     )  # fmt: skip
-    parser.add_argument("--output", type=Path, required=True, help="directory for the PNG files")
+    parser.add_argument("--output", type=output_folder, required=True, help="directory for the PNG files")
     parser.add_argument("--prefix", default="", help="of the files' names")
     options = parser.parse_args(arguments)
     try:
@@ -290,8 +291,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     grown = [row for row in rows if "along" in row]
-    drawn = figures([row for row in rows if "along" not in row])
-    for name, figure in (drawn | ({"growth": growth(grown)} if grown else {})).items():
+    drawn = figures([row for row in rows if "along" not in row]) | ({"growth": growth(grown)} if grown else {})
+    if not drawn:
+        parser.error(f"nothing to draw: got {len(rows)} rows, none of both passes that was timed; measure again")
+    for name, figure in drawn.items():
         write(figure, options.output / f"{options.prefix}{name}.png")
 
 

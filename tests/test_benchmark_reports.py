@@ -78,6 +78,35 @@ def test_no_figures_without_points(results: list[dict[str, Any]]) -> None:
     assert plots.figures(failed) == {}
 
 
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [("file", "is a file: expected a folder"), ("file/deeper", "cannot be made: Not a directory")],
+)
+def test_a_folder_that_cannot_be_written_is_refused(
+    output: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is drawn."""
+    plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
+    monkeypatch.setattr(plots, "figures", lambda results: pytest.fail("drawn"))
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        plots.main([str(RESULTS / "cpu.json"), "--output", str(tmp_path / output)])
+    assert f"argument --output: {str(tmp_path / output)!r} {said}" in capsys.readouterr().err
+
+
+def test_results_without_points_are_an_error(
+    results: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not a success that writes nothing."""
+    plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
+    file = tmp_path / "results.json"
+    for rows in ([], [dict(results[0], status="skipped", p50=None)]):
+        file.write_text(json.dumps({"environment": {"device": "cpu"}, "results": rows}))
+        with pytest.raises(SystemExit):
+            plots.main([str(file), "--output", str(tmp_path)])
+        assert f"nothing to draw: got {len(rows)} rows" in capsys.readouterr().err
+
+
 def test_predictions_are_drawn() -> None:
     """A line for each GPU and kind of row, of the committed results."""
     plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
