@@ -78,3 +78,11 @@ def output_folder(text: str) -> Path:
     if not os.access(path, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
     return path
+
+
+def needs_the_compiler(parser: argparse.ArgumentParser) -> None:
+    """Ends the program where Triton's interpreter was chosen: what it decorates cannot be compiled."""
+    from triton import knobs  # what is measured without Triton takes its arguments from here too
+
+    if knobs.runtime.interpret:
+        parser.error("compiles kernels, and TRITON_INTERPRET puts an interpreter in place of the compiler: unset it")

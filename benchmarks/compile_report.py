@@ -20,7 +20,7 @@ from typing import Any
 
 import triton
 
-from benchmarks.arguments import output_file
+from benchmarks.arguments import needs_the_compiler, output_file
 from benchmarks.bounds import GPUS, Prediction, predict, programs_at_once, warps_at_most
 from benchmarks.environment import environment
 from benchmarks.launches import DTYPES, TARGETS, Case, Launch, cases, launches
@@ -226,6 +226,7 @@ def main() -> None:
     parser.add_argument("--target", choices=TARGETS, action="append", help="only this target (may be repeated)")
     parser.add_argument("--output", type=output_file, help="file to write; standard output if not given")
     arguments = parser.parse_args()
+    needs_the_compiler(parser)
     wanted = [case for target in arguments.target or TARGETS for case in cases(target)]
     found: dict[tuple[str, int, str], Report] = {}
     with ProcessPoolExecutor(2) as pool, progress(len(wanted)) as advance:

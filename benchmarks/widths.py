@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-from benchmarks.arguments import output_file
+from benchmarks.arguments import needs_the_compiler, output_file
 from benchmarks.bounds import GPUS, both_passes
 from benchmarks.compile_report import read
 from benchmarks.environment import environment, write_results
@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=output_file, help="JSON file to write")
     parser.add_argument("--figure", type=output_file, help="PNG file to write")
     options = parser.parse_args(arguments)
+    needs_the_compiler(parser)
     cases = [
         case_of(classes, target)
         for target in dict.fromkeys(gpu.target for gpu in GPUS)

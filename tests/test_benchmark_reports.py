@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +133,17 @@ def test_measured_kernels_are_drawn() -> None:
     both = [row for row in rows if (row["dtype"], row["layout"]) == ("bf16", "rows") and row["classes"] % 8 == 0]
     assert list(lines["both passes, with all launches"].get_ydata()) == [row["both_share"] for row in both]
     assert len(lines["predicted, both passes"].get_xdata()) > 20
+
+
+@pytest.mark.parametrize("name", ["compile_report", "widths"])
+def test_what_compiles_is_refused_under_the_interpreter(name: str) -> None:
+    """At once: its processes would end in the traceback of one of them."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", f"benchmarks.{name}"]
+    run = subprocess.run(command, cwd=RESULTS.parents[1], env=environment, capture_output=True, text=True)
+    assert run.returncode == 2 and "TRITON_INTERPRET" in run.stderr.splitlines()[-1]
+    assert "Traceback" not in run.stderr and not run.stdout
 
 
 def timed_row(provider: str, p50: float, **values: Any) -> dict[str, Any]:
