@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import goals
 from benchmarks.bounds import GPUS, both_passes
 from benchmarks.cases import GPU_PARTS
+from benchmarks.reports import read
 from examples.demo import markdown_table
 
 ROOT = Path(__file__).parents[1]
@@ -37,13 +38,19 @@ def aten_table() -> str:
     return suite_table(ATEN_RESULTS)
 
 
+def gpu_files() -> list[Path]:
+    """Of the suite's parts, those that were measured; the first one is asked for where none was."""
+    return [file for file in GPU_RESULTS if file.exists()] or GPU_RESULTS[:1]
+
+
 def gpu_goals_table() -> str:
-    return goals.table(goals.rows_of([file for file in GPU_RESULTS if file.exists()]))
+    return goals.table(goals.rows_of(gpu_files()))
 
 
 def gpu_table() -> str:
     """Both passes of the suite's cases in replays of a CUDA graph, where the device waits for nothing."""
-    reports = [json.loads(file.read_text()) for file in GPU_RESULTS]
+    files = gpu_files()
+    reports = [read(file) for file in files]
     found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in (row for report in reports for row in report["results"]):
         if (row["mode"], row["upstream"], row["status"], row["graph"]) == ("both", 0.37, "ok", True):
@@ -63,7 +70,9 @@ def gpu_table() -> str:
         lines.append(
             f"| {case} | {dtype} | {ours['p50']:.1f} | {ours['copy_share']:.2f} | {together} | {' | '.join(ratios)} |"
         )
-    return "\n".join([*lines, "", gpu_note(reports[0]["environment"], "gpu_{small,widths,tokens}.json")])
+    parts = ",".join(file.stem.removeprefix("gpu_") for file in files)
+    named = f"gpu_{{{parts}}}.json" if len(files) > 1 else files[0].name
+    return "\n".join([*lines, "", gpu_note(reports[0]["environment"], named)])
 
 
 def gpu_note(about: dict[str, Any], files: str) -> str:
@@ -74,7 +83,7 @@ def gpu_note(about: dict[str, Any], files: str) -> str:
 
 def gpu_kernels_table() -> str:
     """Measured shares of a copy's bandwidth, and the predicted one of both passes where there is one."""
-    report = json.loads(GPU_KERNELS.read_text())
+    report = read(GPU_KERNELS)
     predicted = {
         (layout if layout == "class-major" else "rows", classes, "bf16"): both_passes(*each.values())
         for (layout, classes), each in h200_shares().items()
@@ -106,7 +115,7 @@ def h200_shares() -> dict[tuple[str, int], dict[str, float]]:
 
 def gpu_variants_table() -> str:
     """How many times as fast each change to the tiles made the kernels, over the class counts it was tried at."""
-    report = json.loads(GPU_VARIANTS.read_text())
+    report = read(GPU_VARIANTS)
     found: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     for row in report["results"]:
         # Those at the other commit were of half as many logits, where waves of programs count for more.
@@ -126,7 +135,7 @@ def gpu_variants_table() -> str:
 
 def gpu_host_table() -> str:
     """Microseconds of the host, forward and both passes, before and after launches were prepared."""
-    report = json.loads(GPU_HOST.read_text())
+    report = read(GPU_HOST)
     rows = report["results"]
     commits = list(dict.fromkeys(row["commit"] for row in rows))
     lines = [
@@ -144,7 +153,7 @@ def gpu_host_table() -> str:
 
 def suite_table(results: Path) -> str:
     """How many times faster than the published operations each provider of the suite is, on the CPU."""
-    report = json.loads(results.read_text())
+    report = read(results)
     times: dict[str, dict[str, float]] = {}
     for row in report["results"]:
         if (row["mode"], row["upstream"], row["status"]) == ("both", 1, "ok"):
@@ -159,7 +168,7 @@ BEATS_CROSS_ENTROPY = 32000  # from as many classes on, it should be faster than
 
 
 def goals_table() -> str:
-    report = json.loads(CPU_RESULTS.read_text())
+    report = read(CPU_RESULTS)
     rows = {
         (row["case"], row["provider"]): row
         for row in report["results"]
@@ -187,7 +196,7 @@ def cpu_note(about: dict[str, Any], results: Path) -> str:
 
 
 def startup_table() -> str:
-    report = json.loads(STARTUP_RESULTS.read_text())
+    report = read(STARTUP_RESULTS)
     first, last = report["classes"]
     rows, calls = report["rows"], report["call_seconds"]["cpu"]
     first_call, imported = calls["first"], report["import_seconds"]["torch"]
@@ -209,7 +218,7 @@ def startup_table() -> str:
 
 
 def dispatch_table() -> str:
-    report = json.loads(DISPATCH_RESULTS.read_text())
+    report = read(DISPATCH_RESULTS)
     times = {f"{result['rows']} x {result['classes']}": result["microseconds"] for result in report["results"]}
     return ratio_table(times, report["environment"], DISPATCH_RESULTS)
 
@@ -225,7 +234,7 @@ def ratio_table(times: dict[str, dict[str, float]], about: dict[str, Any], resul
 
 
 def linear_table() -> str:
-    report = json.loads(LINEAR_RESULTS.read_text())
+    report = read(LINEAR_RESULTS)
     rows = [row for row in report["results"] if row["status"] == "ok"]
     lines = ["| | time / three products | peak memory |", "|---|---:|---:|"]
     for row in rows:
@@ -243,7 +252,7 @@ def threads(about: dict[str, Any]) -> str:
 
 
 def training_table() -> str:
-    report = json.loads(TRAINING_RESULTS.read_text())
+    report = read(TRAINING_RESULTS)
     methods = list(next(iter(report["milliseconds"].values())))
     lines = [f"| | {' | '.join(methods)} |", "|---|" + "---:|" * len(methods)]
     for network, times in report["milliseconds"].items():
@@ -282,7 +291,7 @@ def eps_table() -> str:
 
 def margin_table(headings: list[str], cells: Callable[[dict[str, Any]], list[str]]) -> str:
     """A row for each number of classes and every fifth margin of benchmarks/numerics.py."""
-    report = json.loads(NUMERICS_RESULTS.read_text())
+    report = read(NUMERICS_RESULTS)
     lines = [f"| classes | margin | {' | '.join(headings)} |", "|---:|---:|" + "---:|" * len(headings)]
     for result in report["results"]:
         if result["margin"] % 5 == 0:
@@ -294,7 +303,7 @@ def margin_table(headings: list[str], cells: Callable[[dict[str, Any]], list[str
 def kernel_reports(**wanted: Any) -> list[dict[str, Any]]:
     """Of benchmarks/compile_report.py: of the losses complement_entropy under a mean, of the linear ones the usual."""
     usual = {"mean": "complement_entropy", "in place": "cross_entropy"}
-    reports: list[dict[str, Any]] = json.loads(KERNEL_RESULTS.read_text())["reports"]
+    reports: list[dict[str, Any]] = read(KERNEL_RESULTS)["reports"]
     return [
         report
         for report in reports
@@ -318,7 +327,7 @@ def kernel_table() -> str:
         waits = f"{report['waits'] or ''} | {report['bytes_in_flight'] >> 10}"
         residence = f"{report['registers']} | {100 * report['occupancy']:.0f} % | {waits}"
         lines.append(f"| {' | '.join(variant)} | {residence} | {loop} | {beside} |")
-    about = json.loads(KERNEL_RESULTS.read_text())["environment"]
+    about = read(KERNEL_RESULTS)["environment"]
     return "\n".join([*lines, "", f"Triton {about['triton']}; `benchmarks/results/compile_report.json`."])
 
 
@@ -385,7 +394,7 @@ def demo_table() -> str:
         "in two; two-step CE is the control: cross-entropy with as many optimizer steps as COT takes. A demonstration, "
         "not a benchmark."
     )
-    table = markdown_table(json.loads(DEMO_RESULTS.read_text()))
+    table = markdown_table(read(DEMO_RESULTS))
     return f"{table}\n\n{note}\n\n![Learning curves and the wrong classes' probabilities](docs/demo/demo.png)"
 
 
@@ -427,13 +436,24 @@ def filled(page: Path) -> str:
     """The text of a page with the tables that the results call for."""
     text = page.read_text()
     for name, table in PAGES[page].items():
-        text = fill(text, name, table())
+        try:
+            content = table()
+        except (LookupError, TypeError, StopIteration) as error:  # a results file without what the table says
+            said = f"{type(error).__name__}: {error}"
+            raise ValueError(f"results lack what the table {name!r} of {page.name} says: {said}") from error
+        text = fill(text, name, content)
     return text
 
 
-def main() -> None:
-    for page in PAGES:
-        page.write_text(filled(page))
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(arguments)
+    try:
+        texts = {page: filled(page) for page in PAGES}  # all of them before one is written
+    except (OSError, ValueError) as error:
+        parser.error(f"nothing was written: {error}")
+    for page, text in texts.items():
+        page.write_text(text)
 
 
 if __name__ == "__main__":

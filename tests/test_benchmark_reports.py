@@ -220,3 +220,72 @@ def test_kernels_that_were_not_timed_are_left_out_of_their_table(
     monkeypatch.setattr(readme, "GPU_KERNELS", tmp_path / "kernels.json")
     (row,) = [line for line in readme.gpu_kernels_table().splitlines() if line.startswith("| bf16")]
     assert f"| {report['results'][0]['classes']} |" in row
+
+
+def test_parts_that_were_not_measured_are_left_out_of_the_table_of_gpus(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    small, missing = RESULTS / "gpu_small.json", tmp_path / "gpu_tokens.json"
+    monkeypatch.setattr(readme, "GPU_RESULTS", [small, RESULTS / "gpu_widths.json", missing])
+    table = readme.gpu_table()
+    assert "| 128 x 10 | bf16 |" in table and "8192 x 32000" not in table
+    assert "`benchmarks/results/gpu_{small,widths}.json`" in table
+    monkeypatch.setattr(readme, "GPU_RESULTS", [small, missing])
+    assert "`benchmarks/results/gpu_small.json`" in readme.gpu_table()
+    monkeypatch.setattr(readme, "GPU_RESULTS", [missing])
+    for table_of in (readme.gpu_table, readme.gpu_goals_table):
+        with pytest.raises(FileNotFoundError, match=missing.name):
+            table_of()
+
+
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The first of two; the second asks for the table of CPU_RESULTS."""
+    first, second = tmp_path / "first.md", tmp_path / "second.md"
+    first.write_text("<!-- new -->\n<!-- /new -->\n")
+    second.write_text("<!-- goals -->\n<!-- /goals -->\n")
+    monkeypatch.setattr(readme, "PAGES", {first: {"new": lambda: "written"}, second: {"goals": readme.goals_table}})
+    return first
+
+
+def test_pages_are_written(page: Path) -> None:
+    readme.main([])
+    assert "written" in page.read_text() and "| 128 x 10 |" in page.with_stem("second").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "No such file or directory: "),
+        ('{"environment": {"device": "cpu"}, "results": [', "cpu.json holds no JSON, or not all of it: "),
+        (
+            '{"environment": {"device": "cpu"}, "results": []}',
+            "results lack what the table 'goals' of second.md says: ",
+        ),
+    ],
+)
+def test_no_page_is_written_where_one_cannot_be(
+    text: str | None,
+    said: str,
+    page: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before, file = page.read_text(), tmp_path / "cpu.json"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setattr(readme, "CPU_RESULTS", file)
+    with pytest.raises(SystemExit):
+        readme.main([])
+    error = capsys.readouterr().err
+    assert "nothing was written: " in error and said in error
+    assert page.read_text() == before
+
+
+@pytest.mark.parametrize("argument", ["--help", "--nonsense"])
+def test_pages_are_not_written_on_the_way_to_help(argument: str, page: Path) -> None:
+    before = page.read_text()
+    with pytest.raises(SystemExit):
+        readme.main([argument])
+    assert page.read_text() == before
