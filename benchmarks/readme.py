@@ -192,7 +192,8 @@ def goals_table() -> str:
 def cpu_note(about: dict[str, Any], results: Path) -> str:
     source = results.relative_to(ROOT)
     backend = f", {about['cpu_backend']}" if "cpu_backend" in about else ""
-    return f"{about['cpu']}, {threads(about)}, torch {about['torch']}{backend}, float32; `{source}`."
+    commit = f", at {about['commit']}" if about.get("commit") else ""  # "" where there was no git
+    return f"{about['cpu']}, {threads(about)}, torch {about['torch']}{backend}, float32{commit}; `{source}`."
 
 
 def startup_table() -> str:
@@ -203,8 +204,8 @@ def startup_table() -> str:
     lines = [
         f"Importing torch and cot_kernels takes {report['import_ratio']:.2f} of the time of importing torch. The first "
         f"call of a loss on a CPU, both passes at 128 x 1000, takes {first_call / imported:.1%} of that time, "
-        f"{first_call / calls['second']:.1f} times the second call. Kernel variants that one loss compiles, forward "
-        f"and backward, over all class counts from {first} to {last:,}:",
+        f"{first_call / calls['second']:.1f} times the second call. Kernel variants that one loss compiles for "
+        f"contiguous (rows, K) logits, forward and backward, over all K from {first} to {last:,}:",
         "",
         f"| | {rows['many']:,} rows | {rows['few']} rows |",
         "|---|---:|---:|",

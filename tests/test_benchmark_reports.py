@@ -238,6 +238,14 @@ def test_parts_that_were_not_measured_are_left_out_of_the_table_of_gpus(
             table_of()
 
 
+def test_notes_say_what_was_measured() -> None:
+    about = json.loads(readme.CPU_RESULTS.read_text())["environment"]
+    assert f", float32, at {about['commit']}; `benchmarks/results/cpu.json`." in readme.cpu_table()
+    assert ", float32; `" in readme.cpu_note({**about, "commit": ""}, readme.CPU_RESULTS)
+    del about["commit"]
+    assert ", float32; `" in readme.cpu_note(about, readme.CPU_RESULTS)
+
+
 @pytest.fixture
 def page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The first of two; the second asks for the table of CPU_RESULTS."""
