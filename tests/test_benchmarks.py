@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from benchmarks import __main__ as suite
 from benchmarks import correctness, growth, host, kernels, linear, resources, runner, startup, timing
-from benchmarks.cases import PARTS, Case
+from benchmarks.cases import DTYPES, PARTS, Case
 from benchmarks.providers import PROVIDERS, Provider
 from benchmarks.runner import Row, Settings
 
@@ -35,9 +36,9 @@ def provider(loss: Callable[[Tensor, Tensor], Tensor], **options: Any) -> Provid
     return Provider("measured", lambda: loss, cross_entropy_sum, **options)
 
 
-def rows_of(*providers: Provider, case: Case = CASE, settings: Settings = SETTINGS) -> list[Row]:
+def rows_of(*providers: Provider, case: Case = CASE, settings: Settings = SETTINGS, dtype: str = "fp32") -> list[Row]:
     """The rows of providers on one case, without the copy's."""
-    report = runner.run([case], ["fp32"], providers, settings, lambda _: None, lambda _: None)
+    report = runner.run([case], [dtype], providers, settings, lambda _: None, lambda _: None)
     return [row for row in report["results"] if row.provider != runner.COPY]
 
 
@@ -66,8 +67,12 @@ def test_every_provider_of_the_cpu_on_quick_cases(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+# Errors of five times what a dtype is given, and half of what it is given where each operation rounds.
+OFF = {torch.float32: 1.00005, torch.bfloat16: 1.05, torch.float16: 1.01}
+
+
 def wrong_value(logits: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(logits, target) * 1.001
+    return F.cross_entropy(logits, target) * OFF[logits.dtype]
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -106,18 +111,19 @@ class LeavesOutTheLastRow(CrossEntropy):
         return gradient, None
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("loss", [wrong_value, SoftmaxAlone.apply, IgnoresUpstream.apply, LeavesOutTheLastRow.apply])
-def test_a_wrong_provider_is_reported_as_wrong_and_not_timed(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-    (row,) = rows_of(provider(loss))
+def test_a_wrong_provider_is_reported_as_wrong_and_not_timed(
+    loss: Callable[[Tensor, Tensor], Tensor], dtype: str
+) -> None:
+    (row,) = rows_of(provider(loss), dtype=dtype)
     assert row.status == "wrong" and row.p50 is None and "float64" in row.message
 
 
-def test_a_provider_that_rounds_each_operation_is_given_more_room() -> None:
-    assert [
-        row.status for row in rows_of(provider(lambda logits, target: F.cross_entropy(logits, target) * 1.00005))
-    ] == ["wrong"]
-    lenient = provider(lambda logits, target: F.cross_entropy(logits, target) * 1.00005, rounds_operations=True)
-    assert {row.status for row in rows_of(lenient)} == {"ok"}
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_provider_that_rounds_each_operation_is_given_more_room(dtype: str) -> None:
+    assert {row.status for row in rows_of(provider(wrong_value, rounds_operations=True), dtype=dtype)} == {"ok"}
+    assert {row.status for row in rows_of(provider(F.cross_entropy), dtype=dtype)} == {"ok"}
 
 
 def test_one_that_fails_costs_its_own_rows_only() -> None:
@@ -195,7 +201,9 @@ def test_logits_that_a_provider_overwrites_are_drawn_again() -> None:
     measured = runner.CaseRun(CASE, "fp32", SETTINGS, bandwidth=1.0)
     rows = list(measured.rows([first, provider(watched)], lambda _: None))
     assert {row.status for row in rows} == {"ok"}
-    assert {row.mode for row in rows if row.provider == "in place"} == {"forward", "both"}
+    size = CASE.logits_bytes(torch.float32)
+    counted = {(row.mode, row.counted_bytes) for row in rows if row.provider == "in place"}
+    assert counted == {("forward", 2 * size), ("both", 2 * size)}  # a read and a write, whatever is done besides
     drawn = timing.make_buffers(CASE, torch.float32, CPU).logits[0]
     assert torch.equal(seen[0], drawn) and torch.equal(measured.buffers.logits[0], drawn)
 
@@ -219,6 +227,26 @@ def test_memory_counts_what_is_alive() -> None:
     size = logits.numel() * 4
     assert size <= found.held < size + 1000
     assert 3 * size <= found.peak < 3 * size + 4000
+
+
+def test_steps_take_turns_through_the_buffers_and_warm_up_uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that the steps alone move: 100 seconds in a call after another step's, and little in the next ones."""
+    now = 0.0
+    called: list[tuple[str, int]] = []
+
+    def step(name: str, seconds: float) -> timing.Step:
+        def run(index: int) -> None:
+            nonlocal now
+            now += seconds if called and called[-1][0] == name else 100.0
+            called.append((name, index))
+
+        return run
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now))
+    times = timing.host_times({"fast": step("fast", 1.0), "slow": step("slow", 2.0)}, buffers=3, rounds=2, seconds=8.0)
+    assert times == {"fast": [1.0] * 8, "slow": [2.0] * 4}  # 4 seconds of each in a round
+    a_round = [*(("fast", index) for index in (0, 1, 2, 0, 1)), *(("slow", index) for index in (0, 1, 2))]
+    assert called == [("fast", 0), ("fast", 0), ("slow", 0), ("slow", 0), *a_round, *a_round]
 
 
 def test_quantiles() -> None:
