@@ -1,8 +1,8 @@
 """What bounds a streaming kernel on a GPU, from what was counted in its machine code. Predictions, not measurements.
 
-A logit costs four times, of which the longest bounds the kernel: its bytes at the bandwidth of a copy, its share of the
-waits for memory of all threads at once (Little's law), its instructions at the rate the schedulers issue them, and its
-exponentials and the like at the rate of the special function units.
+A logit costs four times, of which the longest bounds the kernel: its bytes, with its part of those of its row, at the
+bandwidth of a copy, its share of the waits for memory of all threads at once (Little's law), its instructions at the
+rate the schedulers issue them, and its exponentials and the like at the rate of the special function units.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ from dataclasses import dataclass
 
 # Of the bandwidth in a datasheet, what a large copy reaches: a rule of thumb. To be replaced by a measurement.
 COPY_SHARE = 0.9
+
+# Of the issue slots, what a kernel that streams can take, for its threads also wait: those that instructions bound on an
+# H200 took 0.58 to 0.78 (docs/performance.md#measured-on-a-gpu).
+ISSUE_SHARE = 0.75
 
 # Seconds from a load to its data under load, from device memory and from the L2 cache: rules of thumb for recent NVIDIA
 # GPUs. Nothing waits for a store.
@@ -59,29 +63,37 @@ GPUS = (
 class Prediction:
     gpu: str
     bound: str  # "bytes", "latency", "issue slots" or "special functions"
-    share: float  # of the bandwidth of a copy
+    share: float  # of the bandwidth of a copy, that the logits alone take
     headroom: float  # time of the bytes over that of the next longest
 
 
 def predict(
-    gpu: Gpu, bytes_per_logit: float, waits: float, near_waits: float, instructions: float, special: float
+    gpu: Gpu,
+    logit_bytes: float,
+    row_bytes: float,
+    waits: float,
+    near_waits: float,
+    instructions: float,
+    special: float,
 ) -> Prediction:
     """From what one logit takes of each.
 
     Args:
+        row_bytes: what is moved for its row, target, state and the like, over the classes.
         waits: for device memory, of a program over the logits that all programs on a multiprocessor have.
         near_waits: for the L2 cache.
     """
     cycles = gpu.multiprocessors * gpu.hertz
     times = {
-        "bytes": bytes_per_logit / gpu.copy_bandwidth,
+        "bytes": (logit_bytes + row_bytes) / gpu.copy_bandwidth,
         "latency": (waits * LATENCY + near_waits * L2_LATENCY) / gpu.multiprocessors,
-        "issue slots": instructions / (cycles * _SCHEDULERS * _WARP),
+        "issue slots": instructions / (cycles * _SCHEDULERS * _WARP * ISSUE_SHARE),
         "special functions": special / (cycles * _SPECIAL_LANES),
     }
     bound = max(times, key=times.__getitem__)
     beside = max(seconds for name, seconds in times.items() if name != "bytes")
-    return Prediction(gpu.name, bound, times["bytes"] / times[bound], times["bytes"] / beside)
+    share = logit_bytes / gpu.copy_bandwidth / times[bound]
+    return Prediction(gpu.name, bound, share, times["bytes"] / beside)
 
 
 def both_passes(statistics: float, gradient: float) -> float:

@@ -62,7 +62,8 @@ class Report:
     bytes_in_flight: int | None = None  # of one multiprocessor: what its threads load in a turn, over their waits in it
     waits: int | None = None  # for global memory, in a turn of the main loops
     waits_beside: int | None = None  # in a turn of the loop around it, and once
-    bytes_per_logit: float | None = None  # of device memory
+    logit_bytes: int | None = None  # of device memory, moved for a logit
+    row_bytes: int | None = None  # and for a row beside its logits
     predicted: tuple[Prediction, ...] = ()  # see :mod:`.bounds`
 
 
@@ -104,6 +105,18 @@ def _gap_operations(ptx: str) -> list[str]:
     return sorted(found)
 
 
+def bytes_of_a_row(launch: Launch) -> int:
+    """Of device memory, beside the logits and their gradient: the target, in int64, and numbers in float32."""
+    given = launch.arguments
+    numbers: int = {
+        "statistics": 5 if given.get("REDUCES") else 6 if given.get("OBJECTIVE") else 8,  # the state, and values
+        "split": 3 * given.get("splits", 1),
+        "gradient": 5,
+        "value_and_gradient": 3 + given.get("HAS_UPSTREAM", False),
+    }[launch.kernel]
+    return 8 + 4 * numbers
+
+
 def work_of(case: Case, launch: Launch, program: Program, registers: int) -> dict[str, Any]:
     """What the instructions and resources of a kernel come to, a logit and a multiprocessor."""
     target, warps, shared = case.target, launch.warps, launch.compiled.metadata.shared
@@ -138,7 +151,7 @@ def work_of(case: Case, launch: Launch, program: Program, registers: int) -> dic
     first_waits, near_waits = path.waits[0], sum(path.waits[1:])
     waits = path.waits_once + turns * (path.waits_around + tiles * first_waits)
     here = logits * threads * programs  # on a multiprocessor
-    moved = itemsize * MOVED[launch.kernel]
+    moved, of_row = itemsize * MOVED[launch.kernel], bytes_of_a_row(launch)
     in_flight = programs * threads * held * itemsize // max(1, *path.waits)
     return found | {
         "loop_per_logit": round(path.turn / held, 2),
@@ -152,9 +165,12 @@ def work_of(case: Case, launch: Launch, program: Program, registers: int) -> dic
         "bytes_in_flight": in_flight,
         "waits": sum(path.waits),
         "waits_beside": path.waits_around + path.waits_once,
-        "bytes_per_logit": moved,
+        "logit_bytes": moved,
+        "row_bytes": of_row,
         "predicted": tuple(
-            predict(gpu, moved, waits / here, turns * tiles * near_waits / here, executed, special)
+            predict(
+                gpu, moved, of_row / case.classes, waits / here, turns * tiles * near_waits / here, executed, special
+            )
             for gpu in GPUS
             if gpu.target == target
         ),

@@ -78,11 +78,13 @@ class Tile:
 
     @property
     def narrow(self) -> bool:
-        """Logits of 16 bits are kept in pairs, and scaled and shifted in one: see :mod:`.monoid`. Not of rows side by side, of which a
-        thread has so many that the level of each would take too many registers; nor of long rows where arithmetic on
-        pairs does as well; nor of a few classes, of which it spares less than a row costs, or whose loads, where they
-        begin anywhere, the compiler would then scatter; nor on AMD GPUs, where it costs the registers that it spares
-        in instructions."""
+        """Logits of 16 bits are kept in pairs, and scaled and shifted in one: see :mod:`.monoid`.
+
+        Not of rows side by side, of which a thread has so many that the level of each would take too many registers;
+        nor of long rows where arithmetic on pairs does as well; nor of a few classes, of which it spares less than a
+        row costs, or whose loads, where they begin anywhere, the compiler would then scatter; nor on AMD GPUs, where it
+        costs the registers that it spares in instructions.
+        """
         if self.vec != 8 or self.across or self.warp != 32:
             return False
         return self.depth > 1 if self.long else self.block > (128 if self.heads else 32)
