@@ -12,8 +12,8 @@ from dataclasses import dataclass
 # Of the bandwidth in a datasheet, what a large copy reaches: a rule of thumb. To be replaced by a measurement.
 COPY_SHARE = 0.9
 
-# Of the issue slots, what a kernel that streams can take, for its threads also wait: those that instructions bound on an
-# H200 took 0.58 to 0.78 (docs/performance.md#measured-on-a-gpu).
+# Of the issue slots, what a kernel that streams can take, for its threads also wait: those that instructions bound took
+# 0.58 to 0.78 on an H200 (docs/performance.md#measured-on-a-gpu).
 ISSUE_SHARE = 0.75
 
 # Seconds from a load to its data under load, from device memory and from the L2 cache: rules of thumb for recent NVIDIA

@@ -45,7 +45,7 @@ def test_short_rows_off_a_boundary_are_read_from_the_one_before(logits: Tensor) 
 
 # Around powers of two, the bounds of a tile, and of an access.
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_classes", [2, 3, 7, 8, 9, 10, 31, 33, 100, 257, 501, 1017, 1018, 1023, 1024, 2041, 2049])
+@pytest.mark.parametrize("num_classes", [2, 3, 8, 9, 31, 33, 100, 257, 1017, 1024, 2041, 2049])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_rows_that_begin_anywhere(num_classes: int, dtype: torch.dtype) -> None:
     """Value and gradient; in place it leaves what lies between the rows and beside them alone, but for what pads rows
@@ -398,11 +398,14 @@ def test_a_transposed_matrix_is_one_plane(step: int, rows: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("classes", [1025, 4097, 5001])
 @pytest.mark.parametrize("stride", [0, 3])
-def test_long_rows_that_begin_anywhere_and_are_not_split(classes: int, stride: int) -> None:
-    """More rows than are ever split, each of which begins elsewhere; what lies between them is NaN."""
+def test_long_rows_that_begin_anywhere_and_are_not_split(
+    classes: int, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More rows than are split on a small GPU, each of which begins elsewhere; what lies between them is NaN."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = 2 * backend._multiprocessors(torch.device(device)) + 9
-    assert launch.choose_splits(rows, 9, backend._multiprocessors(torch.device(device))) == 1
+    rows, multiprocessors = 17, 2
+    assert launch.choose_splits(rows, 9, multiprocessors) == 1 < launch.choose_splits(2, 9, multiprocessors)
+    monkeypatch.setattr(backend, "_multiprocessors", lambda device: multiprocessors)
     generator = torch.Generator().manual_seed(0)
     wide = torch.full((rows, classes + stride), torch.nan, device=device, dtype=torch.bfloat16)
     logits = wide[:, :classes]
@@ -508,7 +511,7 @@ def test_the_compiler_report_has_every_number_of_lanes(odd: bool) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("classes", [20, 33, 64, 100, 505, 1000, 1001, 1100, 2041, 5001])
+@pytest.mark.parametrize("classes", [20, 33, 64, 505, 1000, 1001, 2041, 5001])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_rows_in_turn(classes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """As published, and as one by one to the last bit: also in a last program that is not full, ignored and stray."""

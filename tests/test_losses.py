@@ -11,6 +11,7 @@ from oracle import CASES, Case, RowTruth, complement_entropy, cross_entropy_of, 
 from torch.nn import functional as F
 
 import cot_kernels
+from cot_kernels.backends.triton import backend as triton_backend
 
 CLASSES = [2, 3, 127, 128, 129, 1000, 4096, 32000, 50257, 128256]
 MARGINS = [None, 0.0, 5.0, 10.0, 15.0, 20.0]
@@ -135,10 +136,13 @@ def test_classes_above_the_floor_are_there(dtype: torch.dtype, device: torch.dev
     torch.testing.assert_close(gradient.cpu(), torch.tensor([[0.25, -0.75, 0.25, 0.25]], dtype=dtype))
 
 
-@pytest.mark.parametrize("shape", [(2, 40000), (2, 3000), (300, 3000), (4, 70), (2, 7, 40), (2, 70, 33)])
+@pytest.mark.parametrize("shape", [(2, 40000), (2, 3000), (20, 3000), (4, 70), (2, 7, 40), (2, 70, 33)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_largest_logits_there_are(dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+def test_the_largest_logits_there_are(
+    dtype: torch.dtype, shape: tuple[int, ...], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a running sum that a class of 3e38 makes nothing, not even a product with it may overflow."""
+    monkeypatch.setattr(triton_backend, "_multiprocessors", lambda device: 2)  # so that twenty long rows are not split
     logits = torch.zeros(shape, dtype=dtype)
     logits[:, 1] = logits[:, -2] = 3e38
     logits[:, 2] = -3e38
