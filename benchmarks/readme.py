@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import goals
 from benchmarks.bounds import GPUS, both_passes
-from benchmarks.cases import GPU_PARTS
+from benchmarks.cases import DTYPES, GPU_PARTS
 from benchmarks.reports import read
 from examples.demo import markdown_table
 
@@ -82,24 +82,28 @@ def gpu_note(about: dict[str, Any], files: str) -> str:
 
 
 def gpu_kernels_table() -> str:
-    """Measured shares of a copy's bandwidth, and the predicted one of both passes where there is one."""
+    """Measured shares of a copy's bandwidth, what a row's own bytes leave of it, and what both passes are predicted."""
     report = read(GPU_KERNELS)
     predicted = {
         (layout if layout == "class-major" else "rows", classes, "bf16"): both_passes(*each.values())
         for (layout, classes), each in h200_shares().items()
         if len(each) == 2
     }
+    usual = kernel_reports(target="sm_90", dtype="bf16", layout="long", classes=128256, few=False, call="mean")
+    beside = sum(kernel["row_bytes"] for kernel in usual)
     lines = [
-        "| | classes | forward | backward | both passes | predicted |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| | classes | forward | backward | both passes | bytes allow | predicted |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in report["results"]:
         if "message" in row:  # it failed, or time ran out
             continue
+        logits = 3 * row["classes"] * DTYPES[row["dtype"]].itemsize
         expected = predicted.get((row["layout"], row["classes"], row["dtype"]))
         said = "" if expected is None else f"{expected:.2f}"
         shares = " | ".join(f"{row[f'{name}_share']:.2f}" for name in ("forward", "backward", "both"))
-        lines.append(f"| {row['dtype']}, {row['layout']} | {row['classes']:,} | {shares} | {said} |")
+        allowed = f"{logits / (logits + beside):.2f}"
+        lines.append(f"| {row['dtype']}, {row['layout']} | {row['classes']:,} | {shares} | {allowed} | {said} |")
     return "\n".join([*lines, "", gpu_note(report["environment"], GPU_KERNELS.name)])
 
 

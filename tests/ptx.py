@@ -66,7 +66,7 @@ _KNOWN = re.compile(
             rf"(add|sub|mul\.lo|mad\.lo|div|rem|max|min|neg|abs|shr)\.{_INT}|shl\.b(16|32|64)|shr\.{_UINT}",
             r"(mul|mad)\.wide\.[su](16|32)|bfe\.[su]32",
             r"(add|sub|mul)(\.rn)?(\.ftz)?\.(f32|f64|f32x2)|fma\.rn(\.ftz)?\.(f32|f64|f32x2)|(add|sub)\.rn\.f32\.f16",
-            rf"(max|min)(\.NaN)?\.{_FLOAT}|(neg|abs)(\.ftz)?\.{_FLOAT}|max\.f16x2|max(\.NaN)?\.bf16x2",
+            rf"(max|min)(\.NaN)?\.{_FLOAT}|(neg|abs)(\.ftz)?\.{_FLOAT}|max\.f16(x2)?|max(\.NaN)?\.bf16x2",
             r"div\.(full\.f32|approx\.ftz\.f32|rn\.f32|rn\.f64)",
             r"(ex2|lg2|rcp|sqrt)\.approx(\.ftz)?\.f32|rcp\.approx\.ftz\.f64",
             r"bar\.(warp\.)?sync|bra(\.uni)?|ret|createpolicy\.fractional\.L2::\w+\.b64",

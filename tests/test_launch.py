@@ -182,6 +182,32 @@ def test_a_negentropy_is_never_positive_and_vanishes_beside_a_wrong_class(
     assert alone.sum() >= 6 and (error[alone] <= 0.01 * expected[alone].abs() + left + 1e-33).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("classes", [40, 131, 2056, 2051])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_no_number_in_either_half_of_a_register(
+    dtype: torch.dtype, classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """-inf is nothing, and NaN makes its row NaN and no other, beside a target in the other half and elsewhere."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setattr(launch, "choose_splits", lambda *arguments: 1)
+    places = torch.cat([torch.arange(10), torch.arange(classes - 6, classes)])
+    rows = torch.arange(16)
+    target = torch.where(rows % 5 < 3, places ^ 1, places + classes // 2) % classes
+    numbers = torch.randn(16, classes, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for value in (-torch.inf, torch.nan):
+        logits = numbers.clone()
+        logits[rows, places] = value
+        wrong = logits.double()
+        wrong[rows, target] = -torch.inf
+        q = wrong.softmax(1)
+        expected = wrong.logsumexp(1), torch.special.xlogy(q, q).sum(1)
+        target_logit, *found, _ = backend.statistics(logits.to(device), target.to(device), -100)
+        assert torch.equal(target_logit.cpu(), logits[rows, target].float())
+        for of_rows, exact in zip(found, expected, strict=True):
+            torch.testing.assert_close(of_rows.double().cpu(), exact, rtol=3e-6, atol=3e-6, equal_nan=True)
+
+
 def test_long_rows_need_equal_heads_in_logits_and_gradient() -> None:
     odd = matrix(50257)
     assert _tile(odd).align == 4  # alone, each row finds its own boundary
