@@ -65,7 +65,7 @@ _KNOWN = re.compile(
             r"(and|or|xor|not)\.(b(16|32|64)|pred)|(add|sub)\.s16x2",
             rf"(add|sub|mul\.lo|mad\.lo|div|rem|max|min|neg|abs|shr)\.{_INT}|shl\.b(16|32|64)|shr\.{_UINT}",
             r"(mul|mad)\.wide\.[su](16|32)|bfe\.[su]32",
-            r"(add|sub|mul)(\.rn)?(\.ftz)?\.(f32|f64|f32x2)|fma\.rn(\.ftz)?\.(f32|f64|f32x2)|(add|sub)\.rn\.f32\.f16",
+            r"(add|sub|mul)(\.rn)?(\.ftz)?\.(f32|f64|f32x2)|fma\.rn(\.ftz)?\.(f32|f64|f32x2)|(add|sub)\.rn\.f32\.b?f16",
             rf"(max|min)(\.NaN)?\.{_FLOAT}|(neg|abs)(\.ftz)?\.{_FLOAT}|max\.f16(x2)?|max(\.NaN)?\.bf16x2",
             r"div\.(full\.f32|approx\.ftz\.f32|rn\.f32|rn\.f64)",
             r"(ex2|lg2|rcp|sqrt)\.approx(\.ftz)?\.f32|rcp\.approx\.ftz\.f64",
@@ -324,8 +324,13 @@ class Machine:
             self._set(
                 operands[0], self._arithmetic(name, modifiers, whole).view(_unsigned(2 * single.itemsize)), active
             )
-        elif modifiers[-2:] == ["f32", "f16"] and name in ("add", "sub"):  # of which the first is the narrower
-            first = self._value(operands[1], np.dtype("f2"), active).astype(np.float32)
+        elif name in ("add", "sub") and modifiers[-2:] in (
+            ["f32", "f16"],
+            ["f32", "bf16"],
+        ):  # the first is the narrower
+            bits = self._value(operands[1], np.dtype("u2"), active)
+            wide = (bits.astype(np.uint32) << 16).view(np.float32)
+            first = wide if kind == "bf16" else bits.view(np.float16).astype(np.float32)
             self._set(operands[0], _BINARY[name](first, self._value(operands[2], np.dtype("f4"), active)), active)
         elif name in ("mul", "mad") and modifiers[0] == "wide":
             dtype, wide = _dtype(kind), np.dtype(f"{_dtype(kind).kind}{2 * _dtype(kind).itemsize}")

@@ -50,10 +50,11 @@ def test_products_are_rounded_but_in_multiply_adds() -> None:
     assert (run(load + "fma.rn.f32 %r9, %r3, %r3, %r5;", values) == 2**-24).all()
 
 
-def test_a_half_less_a_float() -> None:
-    half = "cvt.rn.f16.f32 %rs1, %r3;\n mov.b32 %r4, 0f3F000000;\n"
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_a_half_less_a_float(kind: str) -> None:
+    half = f"cvt.rn.{kind}.f32 %rs1, %r3;\n mov.b32 %r4, 0f3F000000;\n"
     found = run(
-        "ld.global.b32 { %r3 }, [ %rd2 + 0 ];\n" + half + "sub.rn.f32.f16 %r9, %rs1, %r4;", LANE.astype(np.float32)
+        f"ld.global.b32 {{ %r3 }}, [ %rd2 + 0 ];\n{half}sub.rn.f32.{kind} %r9, %rs1, %r4;", LANE.astype(np.float32)
     )
     assert (found == LANE - 0.5).all()
 
