@@ -31,6 +31,7 @@ def twin_kernel(
         tl.full(place.shape, scale, log_odds.dtype),
         tl.full(place.shape, parameter, log_odds.dtype),
         tl.full(place.shape, exponent, log_odds.dtype),
+        log_odds.dtype == tl.float32,
     )
     tl.store(out_pointer + place, loss, mask=mask)
     tl.store(out_pointer + count + place, d_log_odds, mask=mask)
@@ -38,6 +39,6 @@ def twin_kernel(
 
 
 @triton.jit
-def arithmetic(x, y, scale, parameter, exponent):
+def arithmetic(x, y, scale, parameter, exponent, HALF: tl.constexpr):
     """In the place of a device objective: log2 x, x / y and 1 / y."""
-    return log2(x), quotient(x, y), quotient(tl.full(y.shape, 1.0, y.dtype), y)
+    return log2(x, HALF), quotient(x, y, HALF), quotient(tl.full(y.shape, 1.0, y.dtype), y, HALF)

@@ -1,8 +1,7 @@
-"""Arithmetic of single numbers, in the fewest instructions that keep their accuracy.
+"""Arithmetic of single numbers, in the fewest instructions that keep its accuracy.
 
-What is done once a row is as much work as some ten to twenty logits, so that with few classes it is what takes the
-time. The operations of the language serve any number, subnormal ones and infinities with them; those here are for
-numbers of which more is known.
+The operations of the language serve any number, subnormal ones and infinities with them; those here are for numbers of
+which more is known.
 """
 
 from __future__ import annotations
@@ -30,10 +29,14 @@ def multiply_add(x, y, z):
     return (x.to(tl.float64) * y.to(tl.float64) + z.to(tl.float64)).to(z.dtype) if INTERPRETED else tl.fma(x, y, z)
 
 
+# What is done once a row takes as much time as some ten logits: with few classes it is what takes the time. HALF: the
+# logits are of 16 bits, and instructions count; of wider ones there are fewer to a byte, and registers do.
+
+
 @triton.jit
-def quotient(x, y):
-    """x / y, within two units in the last place; 0 where |y| passes 2^126, x / 0 where it is below 2^-126."""
-    plain: tl.constexpr = INTERPRETED or y.dtype == tl.float64
+def quotient(x, y, HALF: tl.constexpr):
+    """x / y, within two units in the last place; if HALF, of |y| from 2^-126 to 2^126."""
+    plain: tl.constexpr = INTERPRETED or not HALF
     return x / y if plain else libdevice.fast_dividef(x, y)
 
 
@@ -56,15 +59,15 @@ def _log2(x):
 
 
 @triton.jit
-def log2(x):
-    """log2 x of positive numbers from 2^-126 on, NaN of NaN and infinity, within two units in the last place.
+def log2(x, HALF: tl.constexpr):
+    """log2 x, within two units in the last place; if HALF, of numbers from 2^-126 on, and NaN of infinity.
 
-    x = 2^i (1 + f) with f between sqrt 1/2 - 1 and sqrt 2 - 1, and log2 x = i + f P(f). P is the polynomial of degree 9
-    whose largest distance from log2(1 + f) / f there is least, 8e-9. It takes two thirds of the instructions of the
-    language's own, which AMD's GPUs have in hardware.
+    There x = 2^i (1 + f) with f between sqrt 1/2 - 1 and sqrt 2 - 1, and log2 x = i + f P(f). P is the polynomial of
+    degree 9 whose largest distance from log2(1 + f) / f there is least, 8e-9. It takes two thirds of the instructions
+    of the language's own; but AMD's GPUs have the logarithm in hardware.
     """
     if INTERPRETED:
-        of_ours: tl.constexpr = x.dtype == tl.float32
+        ours: tl.constexpr = HALF
     else:
-        of_ours: tl.constexpr = x.dtype == tl.float32 and _for_nvidia()  # type: ignore[no-redef]
-    return _log2(x) if of_ours else tl.log2(x)
+        ours: tl.constexpr = HALF and _for_nvidia()  # type: ignore[no-redef]
+    return _log2(x) if ours else tl.log2(x)

@@ -1,7 +1,8 @@
 """Device twins of :mod:`cot_kernels.objectives`: ``(b, S, scale, ...) -> (l, dl/db, dl/dS)`` for a vector of rows.
 
 Every twin takes the same arguments, so that one kernel serves them all; a twin ignores the parameters it has no use
-for. :func:`device_twin` pairs an objective with its twin and parameters.
+for. HALF: the logits are of 16 bits; see :mod:`.arithmetic`. :func:`device_twin` pairs an objective with its twin and
+parameters.
 """
 
 from __future__ import annotations
@@ -34,31 +35,31 @@ def _exp(x):
 
 
 @triton.jit
-def _odds(log_odds):
+def _odds(log_odds, HALF: tl.constexpr):
     """1 - p and p, and x = e^-|b|, of which both are made, with 1 / (1 + x)."""
     x = _exp(-tl.abs(log_odds))
-    inverse = quotient(tl.full(x.shape, 1.0, x.dtype), 1 + x)
+    inverse = quotient(tl.full(x.shape, 1.0, x.dtype), 1 + x, HALF)
     less = x * inverse
     return tl.where(log_odds < 0, less, inverse), tl.where(log_odds < 0, inverse, less), x, inverse
 
 
 @triton.jit
-def complement_entropy(log_odds, negentropy, scale, eps, unused):
+def complement_entropy(log_odds, negentropy, scale, eps, unused, HALF: tl.constexpr):
     """With e^-b = p / (1 - p), u is 1 / (1 + eps + eps e^-b), and p eps / (1 - p + eps) is u eps e^-b."""
     raised = tl.where((eps != 0) | (log_odds != log_odds), eps * _exp(-log_odds), 0.0)
     # Where 1 - p underflows, u is as good as 0, and u ln u with it.
     raised = tl.minimum(raised, _LARGE_DOUBLE if raised.dtype == tl.float64 else _LARGE, propagate_nan=_ALL)
     v = 1 + eps + raised  # 1 / u
-    u = quotient(tl.full(v.shape, 1.0, v.dtype), v)
+    u = quotient(tl.full(v.shape, 1.0, v.dtype), v, HALF)
     d_negentropy = scale * u
-    loss = d_negentropy * (negentropy - log2(v) * LN2)
+    loss = d_negentropy * (negentropy - log2(v, HALF) * LN2)
     return loss, (loss + d_negentropy) * raised * u, d_negentropy
 
 
 @triton.jit
-def guided_complement_entropy(log_odds, negentropy, scale, eps, alpha):
-    loss, d_log_odds, d_negentropy = complement_entropy(log_odds, negentropy, scale, eps, 0.0)
-    miss, p, _, _ = _odds(log_odds)
+def guided_complement_entropy(log_odds, negentropy, scale, eps, alpha, HALF: tl.constexpr):
+    loss, d_log_odds, d_negentropy = complement_entropy(log_odds, negentropy, scale, eps, 0.0, HALF)
+    miss, p, _, _ = _odds(log_odds, HALF)
     guided = p + eps
     guide = tl.where(guided != 0, tl.exp2(alpha * tl.log2(guided)), tl.where(alpha > 0, 0.0, 1.0))
     # p (1 - p) / (p + eps) is 0 / 0 where p underflows and eps = 0; its limit there is 1.
@@ -67,11 +68,11 @@ def guided_complement_entropy(log_odds, negentropy, scale, eps, alpha):
 
 
 @triton.jit
-def cross_entropy(log_odds, negentropy, scale, weight, unused):
-    miss, _, x, inverse = _odds(log_odds)
+def cross_entropy(log_odds, negentropy, scale, weight, unused, HALF: tl.constexpr):
+    miss, _, x, inverse = _odds(log_odds, HALF)
     # ln(1 + x): the rounding of 1 + x is put back to first order.
     y = 1 + x
-    log1p = log2(y) * LN2 + (x - (y - 1)) * inverse
+    log1p = log2(y, HALF) * LN2 + (x - (y - 1)) * inverse
     loss = scale * (tl.maximum(log_odds, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p)
     # Kept apart: a weight of 0 must not turn an infinite or NaN negentropy into a NaN loss.
     loss += tl.where(weight != 0, scale * weight * negentropy, 0.0)

@@ -29,7 +29,7 @@ from cot_kernels.backends.triton.tiles import (
 
 
 @triton.jit
-def row_values(target_logit, shift, total, moment, NARROW: tl.constexpr):
+def row_values(target_logit, shift, total, moment, NARROW: tl.constexpr, HALF: tl.constexpr):
     """log2 s, S and b of rows, and whether their complement is empty: no class but the target's above the floor.
 
     NARROW: total and moment are relative to the level of the shift; see :mod:`.monoid`.
@@ -38,8 +38,8 @@ def row_values(target_logit, shift, total, moment, NARROW: tl.constexpr):
         total, moment = settle(shift, total, moment)
     empty = shift <= FLOOR
     total = tl.where(empty, total * 0 + 1, total)  # a NaN total is no empty sum; the moment of one is 0
-    log_total = log2(total)
-    negentropy = (quotient(moment, total) - log_total) * LN2
+    log_total = log2(total, HALF)
+    negentropy = (quotient(moment, total, HALF) - log_total) * LN2
     if NARROW:
         negentropy = tl.minimum(negentropy, 0.0, propagate_nan=tl.PropagateNan.ALL)  # of what is left there
     log_odds = log_total * LN2 - (target_logit - shift)
@@ -68,6 +68,7 @@ def finish(
     OBJECTIVE: tl.constexpr,
     REDUCES: tl.constexpr,
     NARROW: tl.constexpr,
+    HALF: tl.constexpr,
 ):
     """From (m, s, t) to the row's loss, and to the five numbers the backward pass needs of it.
 
@@ -76,7 +77,7 @@ def finish(
     objective the statistics (z_g, L, S) themselves are written. Where it reduces, the partial sums of the
     block are written too.
     """
-    log_total, negentropy, log_odds, empty = row_values(target_logit, shift, total, moment, NARROW)
+    log_total, negentropy, log_odds, empty = row_values(target_logit, shift, total, moment, NARROW, HALF)
 
     state = state_pointer + rows
     tl.store(state, shift, mask=inside)
@@ -100,6 +101,7 @@ def finish(
             tl.full(rows.shape, scale, log_odds.dtype),
             tl.full(rows.shape, parameter, log_odds.dtype),
             tl.full(rows.shape, exponent, log_odds.dtype),
+            HALF,
         )
         loss = tl.where(wanted, loss, 0.0)
         tl.store(state + 2 * num_rows, d_negentropy * LN2, mask=inside)
@@ -153,6 +155,7 @@ def statistics_kernel(
     """
     block = tl.program_id(0).to(tl.int64)
     num_rows = tl.cast(num_rows, tl.int64)  # 5 N entries of state pass 2^31
+    half: tl.constexpr = logits_pointer.dtype.element_ty.primitive_bitwidth == 16
     dtype: tl.constexpr = tl.float64 if logits_pointer.dtype.element_ty == tl.float64 else tl.float32
     if TURNS == 1:
         rows, inside, plane, before = rows_across(block, num_rows, inner, ROWS, PLANE)
@@ -164,17 +167,17 @@ def statistics_kernel(
                 dtype, ROWS, VEC, PLANE,
             )  # fmt: skip
             base = each_across(base, stride_d, ROWS, PLANE)
+        elif ROWS == 1:
+            shift, total, moment = read_one(
+                logits_pointer, target_pointer, block, num_classes, inner, stride_n, stride_d,
+                ignore_index, dtype, LONG, PIECES, LANES, VEC, DEPTH, ALIGN, HEADS, NARROW,
+            )  # fmt: skip
+            base = row_pointers(logits_pointer, rows, inner, stride_n, stride_d)
         else:
             base = row_pointers(logits_pointer, rows, inner, hint(stride_n, ALIGN), stride_d)
-            if ROWS == 1:
-                shift, total, moment = read_one(
-                    logits_pointer, target_pointer, block, num_classes, inner, stride_n, stride_d,
-                    ignore_index, dtype, LONG, PIECES, LANES, VEC, DEPTH, ALIGN, HEADS, NARROW,
-                )  # fmt: skip
-            else:
-                shift, total, moment = read_whole_rows(
-                    base, target, wanted, num_classes, dtype, PIECES, ROWS, LANES * VEC, VEC, ALIGN, HEADS, NARROW
-                )
+            shift, total, moment = read_whole_rows(
+                base, target, wanted, num_classes, dtype, PIECES, ROWS, LANES * VEC, VEC, ALIGN, HEADS, NARROW
+            )
         target_logit = load_target_logits(base, target, wanted, stride_k, dtype)
     else:
         first = block * (turns * ROWS)
@@ -212,7 +215,7 @@ def statistics_kernel(
     finish(
         rows, inside, num_rows, target, wanted, target_logit, shift, total, moment,
         state_pointer, values_pointer, partials, block, tl.num_programs(0),
-        scale, parameter, exponent, OBJECTIVE, REDUCES, NARROW,
+        scale, parameter, exponent, OBJECTIVE, REDUCES, NARROW, half,
     )  # fmt: skip
 
 
@@ -286,6 +289,7 @@ def merge_kernel(
     """Merges the splits of ROWS rows and finishes them."""
     block = tl.program_id(0).to(tl.int64)
     num_rows = tl.cast(num_rows, tl.int64)
+    half: tl.constexpr = logits_pointer.dtype.element_ty.primitive_bitwidth == 16
     rows = block * ROWS + tl.arange(0, ROWS)
     inside = rows < num_rows
     target, wanted = load_targets(target_pointer, rows, inside, num_classes, ignore_index)
@@ -304,5 +308,5 @@ def merge_kernel(
     finish(
         rows, inside, num_rows, target, wanted, target_logit, shift, total, moment,
         state_pointer, values_pointer, partials, block, tl.num_programs(0),
-        scale, parameter, exponent, OBJECTIVE, REDUCES, NARROW,
+        scale, parameter, exponent, OBJECTIVE, REDUCES, NARROW, half,
     )  # fmt: skip

@@ -138,11 +138,12 @@ def rows_across(block, num_rows, inner, ROWS: tl.constexpr, PLANE: tl.constexpr)
         plane = block // shares
         before = (block - plane * shares) * ROWS
         place = before + tl.arange(0, ROWS)
-        rows, inside = plane * inner + place, place < inner
+        # Not those of the next plane: of rows that adjoin for certain the compiler asks in pairs, which takes a third
+        # more registers.
+        rows = tl.where(place < inner, plane * inner + place, num_rows)
     else:
         rows, plane, before = block * ROWS + tl.arange(0, ROWS), 0, 0
-        inside = rows < num_rows
-    return rows, inside, plane, before
+    return rows, rows < num_rows, plane, before
 
 
 @triton.jit

@@ -86,15 +86,18 @@ def value_and_gradient_kernel(
         )
 
     # Of an ignored row nothing was read: its negentropy is 0.
-    log_total, negentropy, log_odds, _ = row_values(target_logit, shift, total, moment, NARROW)
+    half: tl.constexpr = logits_pointer.dtype.element_ty.primitive_bitwidth == 16
+    log_total, negentropy, log_odds, _ = row_values(target_logit, shift, total, moment, NARROW, half)
     loss, d_log_odds, d_negentropy = OBJECTIVE(
         log_odds,
         negentropy,
         tl.full([ROWS], scale, dtype),
         tl.full([ROWS], parameter, dtype),
         tl.full([ROWS], exponent, dtype),
+        half,
     )
-    likelihood, _, _ = cross_entropy(log_odds, negentropy, tl.full([ROWS], 1.0, dtype), tl.full([ROWS], 0.0, dtype), 0)
+    one, none = tl.full([ROWS], 1.0, dtype), tl.full([ROWS], 0.0, dtype)
+    likelihood, _, _ = cross_entropy(log_odds, negentropy, one, none, none, half)
     place = values_pointer + rows
     tl.store(place, tl.where(wanted, loss, 0.0), mask=inside)
     tl.store(place + num_rows, tl.where(wanted, likelihood, 0.0), mask=inside)
