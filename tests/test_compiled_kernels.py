@@ -120,6 +120,17 @@ def test_no_kernel_costs_more_than_in_the_committed_report(reports: list[dict[st
             assert wide[0] >= wide[1] or sum(report[side].values()) <= sum(allowed[side].values()), (side, report)
 
 
+def test_bfloat16_takes_as_few_instructions_as_was_set_out_for(reports: list[dict[str, Any]]) -> None:
+    """11 a logit of a turn forward and 14 backward, on NVIDIA GPUs, of rows of 128 classes and more that begin on
+    boundaries: also just above powers of two, where their last piece is nearly empty."""
+    for report in reports:
+        case = report["case"]
+        aligned = case["layout"] in ("short", "long") and case["classes"] >= 128
+        most = {"statistics": 11, "split": 11, "gradient": 14}.get(report["kernel"])
+        if most and aligned and case["dtype"] == "bf16" and case["target"] != "gfx942":
+            assert report["loop_per_logit"] <= most, report
+
+
 def test_many_long_rows_wait_for_memory(reports: list[dict[str, Any]]) -> None:
     """Predicted, of every NVIDIA GPU there is a datasheet for: neither instructions nor latency take much longer."""
     counted = [report for report in reports if report["loop_per_logit"] is not None]
@@ -131,7 +142,8 @@ def test_many_long_rows_wait_for_memory(reports: list[dict[str, Any]]) -> None:
         assert passes <= report["loop_special_per_logit"] < passes + 0.5, report
         assert bool(report["predicted"]) == (report["case"]["target"] != "gfx942")
         for prediction in report["predicted"]:
-            assert prediction["share"] >= 0.9, report
+            # A B200 has two thirds of the issue slots to a byte that an H200 has.
+            assert prediction["share"] >= (0.7 if prediction["gpu"] == "B200" else 0.9), report
 
 
 def test_both_passes_are_predicted_to_reach_the_goal(reports: list[dict[str, Any]]) -> None:
@@ -146,8 +158,8 @@ def test_both_passes_are_predicted_to_reach_the_goal(reports: list[dict[str, Any
     assert shares or reports[0]["case"]["target"] == "gfx942"
     for (gpu, layout, classes), kernels in shares.items():
         share = both_passes(kernels["statistics"], kernels["gradient"])
-        known_gaps = {("B200", 1001): 0.85, ("B200", 2056): 0.82}
-        assert share >= known_gaps.get((gpu, classes), 0.9), (gpu, layout, classes, share)
+        # A B200 has two thirds of the issue slots to a byte that an H200 has.
+        assert share >= (0.68 if gpu == "B200" else 0.9), (gpu, layout, classes, share)
 
 
 def test_the_committed_predictions_are_those_of_the_kernels() -> None:
@@ -162,15 +174,17 @@ def test_the_committed_predictions_are_those_of_the_kernels() -> None:
         pytest.skip(f"the predictions are of Triton {committed['environment']['triton']}")
     code = (
         "import json; from benchmarks import widths; "
-        "print(json.dumps([widths.predict(widths.case_of(classes, 'sm_90')) for classes in (264, 1025, 5120)]))"
+        "print(json.dumps([widths.predict(widths.case_of(*case)) for case in "
+        "((33, 'sm_90'), (264, 'sm_90'), (1025, 'sm_90'), (5120, 'sm_90'), (1032, 'sm_100'))]))"
     )
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
-    for predicted in json.loads(run.stdout):
-        assert [row["gpu"] for row in predicted] == ["H100", "H200"]
+    found = json.loads(run.stdout)
+    assert [[row["gpu"] for row in predicted] for predicted in found] == [["H100", "H200"]] * 4 + [["B200"]]
+    for predicted in found:
         for row in predicted:
             (expected,) = [each for each in rows if (each["gpu"], each["classes"]) == (row["gpu"], row["classes"])]
             assert row.keys() == expected.keys()
             for name in ("statistics", "gradient", "both"):
-                assert row[name] == pytest.approx(expected[name], rel=0.05), row
+                assert row[name] == pytest.approx(expected[name], rel=1e-3), row
