@@ -163,7 +163,7 @@ def test_both_passes_are_predicted_to_reach_the_goal(reports: list[dict[str, Any
 
 
 def test_the_committed_predictions_are_those_of_the_kernels() -> None:
-    """A few of benchmarks/results/widths.json, from which a figure is drawn; all of which reach the goal but B200's, and
+    """A few of benchmarks/results/widths.json, from which a figure is drawn; all of which reach the goal but B200's and
     odd rows just above a power of two."""
     committed = json.loads((ROOT / "benchmarks" / "results" / "widths.json").read_text())
     rows = committed["results"]
