@@ -24,7 +24,7 @@ if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"
     with contextlib.suppress(ImportError):  # imported by the interpreter on its first run, with the same choice
         import triton.experimental.gluon  # noqa: F401
-import twin_kernel  # noqa: E402, F401
+import twin_kernel  # noqa: E402
 
 import cot_kernels.autograd  # noqa: E402
 from cot_kernels.backends import aten  # noqa: E402
@@ -37,6 +37,7 @@ if EMULATED_GPU:
     import emulated
 
     emulated.install(EMULATED_GPU)
+    setattr(twin_kernel, "twin_kernel", emulated.Emulated(twin_kernel.twin_kernel))  # noqa: B010
 
 
 @pytest.fixture(params=["native", "aten", "aten-blocks", pytest.param("triton", marks=pytest.mark.gpu)])

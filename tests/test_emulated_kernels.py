@@ -19,6 +19,7 @@ RUNS = [
     ("sm_90", "test_value_and_gradient", "", 140),
     ("sm_90", "test_statistics", "", 25),
     ("sm_90", "test_poisoned", "", 60),
+    ("sm_90", "test_objectives", "", 28),
     ("sm_80", "test_value_and_gradient", "", 140),
     ("sm_100", "test_launch", "large_logit or in_turn or any_size or never_positive", 80),
 ]

@@ -12,7 +12,11 @@ from cot_kernels import complement_cross_entropy
 from cot_kernels.backends.triton import backend, launch
 from cot_kernels.backends.triton.backend import _tile
 from cot_kernels.backends.triton.launch import Tile
-from cot_kernels.objectives import CrossEntropyObjective
+from cot_kernels.objectives import (
+    ComplementEntropyObjective,
+    CrossEntropyObjective,
+    GuidedComplementEntropyObjective,
+)
 
 SHORT, LONG = 1000, 4096
 
@@ -208,6 +212,43 @@ def test_what_is_no_number_in_either_half_of_a_register(
             torch.testing.assert_close(of_rows.double().cpu(), exact, rtol=3e-6, atol=3e-6, equal_nan=True)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("classes", [2, 40, 131, 2051])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_nothing_but_the_target_and_of_no_number(
+    dtype: torch.dtype, classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty complement, wrong classes that are all NaN, a target out of range or NaN; and beside them two rows that
+    are as they are alone."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setattr(launch, "choose_splits", lambda *arguments: 1)
+    logits = torch.randn(6, classes, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[1:3, 1:] = torch.tensor([[-torch.inf], [torch.nan]])
+    logits[3, 0] = torch.nan
+    target = torch.tensor([0, 0, 0, 0, classes, 1])
+    whole = torch.tensor([0, 5])
+    on_device = logits.to(device)
+    _, lse, negentropy, _ = (
+        each.cpu() if isinstance(each, Tensor) else each
+        for each in backend.statistics(on_device, target.to(device), -100)
+    )
+    assert lse[1] == -torch.inf and negentropy[1] == 0
+    assert lse[[2, 4]].isnan().all() and negentropy[[2, 4]].isnan().all() and lse[[0, 3, 5]].isfinite().all()
+    for objective in (
+        ComplementEntropyObjective(1.0, 1e-7), ComplementEntropyObjective(1.0, 0.0),
+        GuidedComplementEntropyObjective(1.0, 1e-7, 0.5), CrossEntropyObjective(1.0, 0.7),
+    ):  # fmt: skip
+        loss, saved = backend.loss(on_device, target.to(device), -100, objective, "none")
+        gradient = backend.gradient(on_device, saved, torch.ones((), device=device)).cpu()
+        losses = loss[0].cpu()
+        assert losses[1].abs() < 1e-30 and not gradient[1].any()
+        assert losses[2:5].isnan().all() and gradient[2:5].isnan().all()
+        alone, saved = backend.loss(on_device[whole], target[whole].to(device), -100, objective, "none")
+        torch.testing.assert_close(losses[whole], alone[0].cpu(), rtol=1e-6, atol=1e-6)
+        gradient_alone = backend.gradient(on_device[whole], saved, torch.ones((), device=device)).cpu()
+        torch.testing.assert_close(gradient[whole], gradient_alone, rtol=8e-3, atol=1e-7)
+
+
 def test_long_rows_need_equal_heads_in_logits_and_gradient() -> None:
     odd = matrix(50257)
     assert _tile(odd).align == 4  # alone, each row finds its own boundary
@@ -308,6 +349,13 @@ def test_short_rows_of_16_bits_are_narrow() -> None:
     assert not any(_tile(each).narrow for each in others)
     amd = launch.choose_tile(1000, 2, classes_adjoin=True, rows_aligned=True, head_aligned=True, warp=64)
     assert not amd.narrow
+
+
+@pytest.mark.parametrize(("capability", "packs"), [(7, False), (8, True), (10, True)])
+def test_no_pairs_before_compute_capability_8(capability: int, packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no instruction that compares two numbers of 16 bits."""
+    monkeypatch.setattr(backend, "_capability", lambda device: capability)
+    assert _tile(matrix(SHORT, torch.float16)).narrow == packs
 
 
 def test_rows_are_padded_as_far_as_their_storage_goes() -> None:

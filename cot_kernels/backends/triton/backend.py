@@ -55,6 +55,11 @@ def _pairs(device: torch.device) -> bool:
     return torch.version.hip is not None or _capability(device) >= 10
 
 
+def _packs(device: torch.device) -> bool:
+    """Whether two numbers of 16 bits are compared at a time: by NVIDIA's GPUs, from compute capability 8 on."""
+    return torch.version.hip is None and not 0 < _capability(device) < 8
+
+
 def _on(device: int) -> AbstractContextManager[object]:
     """Kernels start on the current device, which need not be the one that holds the logits."""
     return _HERE if device < 0 or device == torch.cuda.current_device() else torch.cuda.device(device)
@@ -126,6 +131,7 @@ def _tile(*tensors: Tensor) -> launch.Tile:
         backward=len(tensors) > 1,
         warp=32 if torch.version.hip is None else 64,
         pairs=_pairs(logits.device),
+        packs=_packs(logits.device),
     )
 
 

@@ -71,6 +71,7 @@ class Tile:
     pieces: int = 1
     warp: int = 32
     depth: int = 1
+    packs: bool = False
 
     @property
     def block(self) -> int:
@@ -85,7 +86,7 @@ class Tile:
         row costs, or whose loads, where they begin anywhere, the compiler would then scatter; nor on AMD GPUs, where it
         costs the registers that it spares in instructions.
         """
-        if self.vec != 8 or self.across or self.warp != 32:
+        if self.vec != 8 or self.across or not self.packs:
             return False
         return self.depth > 1 if self.long else self.block > (128 if self.heads else 32)
 
@@ -115,6 +116,7 @@ def choose_tile(
     backward: bool = False,
     warp: int = 32,
     pairs: bool = False,
+    packs: bool = True,
 ) -> Tile:
     """The tile for rows of ``num_classes`` logits of ``itemsize`` bytes.
 
@@ -129,8 +131,10 @@ def choose_tile(
             class by class.
         warp: threads of one.
         pairs: float32 arithmetic takes two numbers at a time.
+        packs: on an NVIDIA GPU, two numbers of 16 bits are compared at a time.
     """
     vec = 16 // itemsize
+    packs &= warp == 32
     if not classes_adjoin:
         return choose_tile_across(num_classes, itemsize, inner, rows_adjoin=rows_adjoin, backward=backward, warp=warp)
     aligned = rows_aligned and num_classes % vec == 0
@@ -160,6 +164,7 @@ def choose_tile(
             overhang=overhang,
             pieces=-(-places // (lanes * vec)),
             warp=warp,
+            packs=packs,
         )
     # From 4,096 classes on eight tiles a row or more: what a thread does once a row is spread over 128 logits. It has
     # 16 at a time, in float64 4, so that no variant runs out of registers.
@@ -171,7 +176,9 @@ def choose_tile(
     overhang = boundary // itemsize - 1 if head_aligned and not on_boundary else 0
     # What a thread has is folded together, for one rescaling; but two lanes apart make pairs.
     depth = 1 if pairs else max(1, lanes // (warp * warps))
-    return Tile(1, lanes, vec, align, warps, heads=heads, long=True, overhang=overhang, warp=warp, depth=depth)
+    return Tile(
+        1, lanes, vec, align, warps, heads=heads, long=True, overhang=overhang, warp=warp, depth=depth, packs=packs
+    )
 
 
 def choose_tile_across(

@@ -21,12 +21,6 @@ from cot_kernels.objectives import (
     Objective,
 )
 
-_ALL = tl.constexpr(tl.PropagateNan.ALL)
-
-# Their reciprocals are no subnormal numbers.
-_LARGE = tl.constexpr(2.0**125)
-_LARGE_DOUBLE = tl.constexpr(2.0**1020)
-
 
 @triton.jit
 def _exp(x):
@@ -47,13 +41,13 @@ def _odds(log_odds, HALF: tl.constexpr):
 def complement_entropy(log_odds, negentropy, scale, eps, unused, HALF: tl.constexpr):
     """With e^-b = p / (1 - p), u is 1 / (1 + eps + eps e^-b), and p eps / (1 - p + eps) is u eps e^-b."""
     raised = tl.where((eps != 0) | (log_odds != log_odds), eps * _exp(-log_odds), 0.0)
-    # Where 1 - p underflows, u is as good as 0, and u ln u with it.
-    raised = tl.minimum(raised, _LARGE_DOUBLE if raised.dtype == tl.float64 else _LARGE, propagate_nan=_ALL)
     v = 1 + eps + raised  # 1 / u
     u = quotient(tl.full(v.shape, 1.0, v.dtype), v, HALF)
+    log_u = tl.where(u != 0, -log2(v, HALF) * LN2, 0.0)  # u = 0 where 1 - p underflows, and there u ln u is 0
     d_negentropy = scale * u
-    loss = d_negentropy * (negentropy - log2(v, HALF) * LN2)
-    return loss, (loss + d_negentropy) * raised * u, d_negentropy
+    loss = d_negentropy * (negentropy + log_u)
+    at_target = tl.where(u != 0, raised * u, 0.0)
+    return loss, (loss + d_negentropy) * at_target, d_negentropy
 
 
 @triton.jit

@@ -85,7 +85,7 @@ def finish(
     if OBJECTIVE is None:
         nan = float("nan")
         stray = target < 0
-        lse = tl.where(empty, -float("inf"), shift + log_total * LN2)
+        lse = tl.where(empty, log_total - float("inf"), shift + log_total * LN2)  # NaN where all logits are
         tl.store(values_pointer + rows, tl.where(wanted, target_logit, 0.0), mask=inside)
         tl.store(values_pointer + num_rows + rows, tl.where(wanted, tl.where(stray, nan, lse), 0.0), mask=inside)
         kept = tl.where(wanted, tl.where(stray, nan, negentropy), 0.0)
