@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 from collections.abc import Callable
@@ -35,6 +36,7 @@ def filled(page: Path, report: Report) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()  # none, but --help must not write
     report = json.loads(RESULTS.read_text())
     PAGE.write_text(filled(PAGE, report))
     figures.draw(report, PICTURES)
