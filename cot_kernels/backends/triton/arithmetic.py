@@ -35,9 +35,13 @@ def multiply_add(x, y, z):
 
 @triton.jit
 def quotient(x, y, HALF: tl.constexpr):
-    """x / y, within two units in the last place; if HALF, of |y| from 2^-126 to 2^126."""
-    plain: tl.constexpr = INTERPRETED or not HALF
-    return x / y if plain else libdevice.fast_dividef(x, y)
+    """x / y, within two units in the last place; if HALF, of |y| from 2^-126 to 2^126. On AMD's GPUs it would cost
+    registers."""
+    if INTERPRETED:
+        ours: tl.constexpr = False
+    else:
+        ours: tl.constexpr = HALF and _for_nvidia()  # type: ignore[no-redef]
+    return libdevice.fast_dividef(x, y) if ours else x / y
 
 
 @triton.jit
