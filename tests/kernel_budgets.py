@@ -19,16 +19,16 @@ class Budget(NamedTuple):
 
 NVIDIA = {
     "statistics": {
-        "tiny": Budget(42, 0, 83, 16),
-        "short": Budget(14, 300, 66, 32),
-        "tiny, odd": Budget(46.5, 0, 96, 18),
-        "short, odd": Budget(16.5, 260, 75, 23),
-        "tiny, sliced": Budget(44, 0, 72, 21),
+        "tiny": Budget(42.5, 0, 80, 16),
+        "short": Budget(14, 310, 66, 32),
+        "tiny, odd": Budget(47, 0, 96, 18),
+        "short, odd": Budget(16.5, 270, 75, 23),
+        "tiny, sliced": Budget(44, 0, 77, 21),
         "short, sliced": Budget(12, 240, 75, 33),
-        "long": Budget(9.5, 380, 64, 32),
-        "long, odd": Budget(9.5, 360, 64, 32),
-        "class-major": Budget(12.5, 1090, 128, 64),
-        "class-major, odd": Budget(16, 500, 54, 40),
+        "long": Budget(9.5, 390, 64, 32),
+        "long, odd": Budget(9.5, 370, 64, 32),
+        "class-major": Budget(12.5, 1120, 128, 64),
+        "class-major, odd": Budget(15.5, 500, 54, 40),
     },
     "split": {
         "long": Budget(9.5, 230, 64, 40),
@@ -51,7 +51,7 @@ NVIDIA = {
         "short": Budget(32.5, 0, 222, 12),
         "tiny, odd": Budget(59.5, 0, 199, 11),
         "short, odd": Budget(32.5, 0, 202, 10),
-        "long": Budget(19.5, 410, 62, 32),
+        "long": Budget(19.5, 420, 62, 32),
         "long, odd": Budget(19.5, 350, 62, 32),
     },
 }
@@ -60,15 +60,15 @@ NVIDIA = {
 AMD = {
     "statistics": {
         "tiny": Budget(37, 250, 56, 64),
-        "short": Budget(19.5, 260, 67, 64),
-        "tiny, odd": Budget(42, 240, 58, 64),
+        "short": Budget(19.5, 300, 67, 64),
+        "tiny, odd": Budget(41.5, 240, 58, 64),
         "short, odd": Budget(25, 240, 65, 64),
-        "tiny, sliced": Budget(40.5, 220, 52, 64),
-        "short, sliced": Budget(17.5, 220, 63, 128),
-        "long": Budget(13, 430, 44, 32),
-        "long, odd": Budget(13, 420, 44, 32),
-        "class-major": Budget(15.5, 900, 98, 32),
-        "class-major, odd": Budget(15, 450, 62, 64),
+        "tiny, sliced": Budget(40.5, 240, 52, 64),
+        "short, sliced": Budget(17.5, 240, 63, 128),
+        "long": Budget(13, 460, 44, 32),
+        "long, odd": Budget(13, 410, 44, 32),
+        "class-major": Budget(15.5, 1060, 98, 32),
+        "class-major, odd": Budget(15, 460, 62, 64),
     },
     "split": {
         "long": Budget(13, 340, 34, 32),
@@ -88,7 +88,7 @@ AMD = {
     },
     "value_and_gradient": {
         "tiny": Budget(50.5, 0, 76, 64),
-        "short": Budget(40, 0, 90, 64),
+        "short": Budget(40, 0, 91, 64),
         "tiny, odd": Budget(56, 0, 82, 64),
         "short, odd": Budget(41.5, 0, 90, 64),
         "long": Budget(30, 410, 63, 32),
