@@ -39,8 +39,7 @@ def row_values(target_logit, shift, total, moment, NARROW: tl.constexpr, HALF: t
     empty = shift <= FLOOR
     total = tl.where(empty, total * 0 + 1, total)  # a NaN total is no empty sum; the moment of one is 0
     log_total = log2(total, HALF)
-    # Chosen, so that its product is rounded by itself, whatever the compiler makes of it.
-    negentropy = tl.where(empty, moment, (quotient(moment, total, HALF) - log_total) * LN2)
+    negentropy = (quotient(moment, total, HALF) - log_total) * LN2
     if NARROW:
         negentropy = tl.minimum(negentropy, 0.0, propagate_nan=tl.PropagateNan.ALL)  # of what is left there
     log_odds = log_total * LN2 - (target_logit - shift)
