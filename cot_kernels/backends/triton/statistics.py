@@ -39,9 +39,8 @@ def row_values(target_logit, shift, total, moment, NARROW: tl.constexpr, HALF: t
     empty = shift <= FLOOR
     total = tl.where(empty, total * 0 + 1, total)  # a NaN total is no empty sum; the moment of one is 0
     log_total = log2(total, HALF)
-    negentropy = (quotient(moment, total, HALF) - log_total) * LN2
-    if NARROW:
-        negentropy = tl.minimum(negentropy, 0.0, propagate_nan=tl.PropagateNan.ALL)  # of what is left there
+    # Of what is left of two equal numbers; and not to be contracted with what follows, here so and there otherwise.
+    negentropy = tl.minimum((quotient(moment, total, HALF) - log_total) * LN2, 0.0, propagate_nan=tl.PropagateNan.ALL)
     log_odds = log_total * LN2 - (target_logit - shift)
     return log_total, negentropy, log_odds, empty
 

@@ -63,6 +63,10 @@ def value_and_gradient_kernel(
     target, wanted = load_targets(target_pointer, rows, inside, num_classes, ignore_index)
     dtype: tl.constexpr = tl.float64 if logits_pointer.dtype.element_ty == tl.float64 else tl.float32
     target_logit = load_target_logits(logits_pointer + rows * stride_n, target, wanted, 1, dtype)
+    # Asked for before the row is read: after it, its latency would show.
+    upstream = tl.full([ROWS], 1.0, dtype)
+    if HAS_UPSTREAM:
+        upstream = tl.load(upstream_pointer + rows * upstream_stride, mask=wanted, other=0.0).to(dtype)
 
     if LONG:
         one_target, one_wanted = load_targets(target_pointer, block, block < num_rows, num_classes, ignore_index)
@@ -88,6 +92,8 @@ def value_and_gradient_kernel(
     # Of an ignored row nothing was read: its negentropy is 0.
     half: tl.constexpr = logits_pointer.dtype.element_ty.primitive_bitwidth == 16
     log_total, negentropy, log_odds, _ = row_values(target_logit, shift, total, moment, NARROW, half)
+    one, none = tl.full([ROWS], 1.0, dtype), tl.full([ROWS], 0.0, dtype)
+    likelihood, _, _ = cross_entropy(log_odds, negentropy, one, none, none, half)
     loss, d_log_odds, d_negentropy = OBJECTIVE(
         log_odds,
         negentropy,
@@ -96,8 +102,6 @@ def value_and_gradient_kernel(
         tl.full([ROWS], exponent, dtype),
         half,
     )
-    one, none = tl.full([ROWS], 1.0, dtype), tl.full([ROWS], 0.0, dtype)
-    likelihood, _, _ = cross_entropy(log_odds, negentropy, one, none, none, half)
     place = values_pointer + rows
     tl.store(place, tl.where(wanted, loss, 0.0), mask=inside)
     tl.store(place + num_rows, tl.where(wanted, likelihood, 0.0), mask=inside)
@@ -106,9 +110,6 @@ def value_and_gradient_kernel(
     if GRADIENT:
         # From here on logits are lost: every thread must have read its own, and that of the target.
         tl.debug_barrier()
-        upstream = tl.full([ROWS], 1.0, dtype)
-        if HAS_UPSTREAM:
-            upstream = tl.load(upstream_pointer + rows * upstream_stride, mask=wanted, other=0.0).to(dtype)
         slope = d_negentropy * LN2 * upstream
         offset = (d_negentropy * negentropy - d_log_odds) * upstream
         at_target = -d_log_odds * upstream
