@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread a test worker: with more, the workers' thread pools wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-KERNEL_TESTS := $(foreach name,launch losses poisoned statistics value_and_gradient,tests/test_$(name).py)
+KERNEL_TESTS := $(foreach name,extremes layouts losses poisoned statistics value_and_gradient,tests/test_$(name).py)
 
 GPU_RESULTS := $(foreach part,small widths tokens,benchmarks/results/gpu_$(part).json)
 

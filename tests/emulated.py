@@ -1,6 +1,6 @@
 """The Triton backend on a GPU that is not there: its kernels compiled for one, and executed on the CPU by :mod:`ptx`.
 
-``EMULATED_GPU=sm_90 python -m pytest -m gpu tests/test_launch.py`` runs tests of the kernels so, in place of Triton's
+``EMULATED_GPU=sm_90 python -m pytest -m gpu tests/test_layouts.py`` runs tests of the kernels so, in place of Triton's
 interpreter: see :mod:`conftest`. NVIDIA's targets only.
 """
 

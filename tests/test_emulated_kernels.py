@@ -14,14 +14,16 @@ ROOT = Path(__file__).parents[1]
 
 # Tests that run on a GPU, and how many they are at least: of losses and gradients, over layouts, dtypes and margins.
 RUNS = [
-    ("sm_90", "test_launch", "begin_anywhere", 40),
-    ("sm_90", "test_launch", "not begin_anywhere", 150),
+    ("sm_90", "test_layouts", "rows_that_begin_anywhere", 40),
+    ("sm_90", "test_layouts", "not rows_that_begin_anywhere", 80),
+    ("sm_90", "test_extremes", "", 70),
     ("sm_90", "test_value_and_gradient", "", 140),
     ("sm_90", "test_statistics", "", 25),
     ("sm_90", "test_poisoned", "", 60),
     ("sm_90", "test_objectives", "", 28),
     ("sm_80", "test_value_and_gradient", "", 140),
-    ("sm_100", "test_launch", "large_logit or in_turn or any_size or never_positive or either_half", 80),
+    ("sm_100", "test_layouts", "in_turn", 24),
+    ("sm_100", "test_extremes", "not nothing_but", 60),
 ]
 
 pytestmark = [
