@@ -11,6 +11,7 @@ from typing import Any
 import ptx
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.runtime.driver import driver
 
 from benchmarks.launches import KERNELS, Driver
@@ -28,19 +29,19 @@ class Emulated:
             compiled = self.kernel.warmup(*arguments, grid=grid, **options)
             given = dict(zip(self.kernel.arg_names, arguments, strict=False)) | options
             memory = ptx.Memory()
-            allocated: dict[int, tuple[int, torch.UntypedStorage]] = {}
+            allocated: dict[int, tuple[int, Tensor]] = {}
             values: list[int | float] = []
             for name, kind in compiled.src.signature.items():
                 value = given[name]
                 if kind == "constexpr":
                     continue
                 if isinstance(value, Tensor):
-                    storage = value.untyped_storage()
+                    storage = _bytes(value)
                     first = storage.data_ptr()
                     # Where a GPU would have it: on a boundary, as here.
                     assert first % 16 == 0
                     if first not in allocated:
-                        allocated[first] = (memory.allocate(bytes(storage.tolist())), storage)
+                        allocated[first] = (memory.allocate(storage.numpy().tobytes()), storage)
                     value = allocated[first][0] + value.data_ptr() - first
                 values.append(float(value) if kind == "fp64" else int(value))
             # In place, accesses that rows share are read by one program and written by another: what that writes is
@@ -52,15 +53,28 @@ class Emulated:
                 ordered=not in_place,
             )  # fmt: skip
             for start, storage in allocated.values():
-                content = bytearray(memory.bytes[start : start + storage.nbytes()].tobytes())
-                if content:
-                    storage.copy_(torch.frombuffer(content, dtype=torch.uint8).untyped_storage())
+                storage.copy_(torch.from_numpy(memory.bytes[start : start + len(storage)]))
 
         return launch
 
 
+def _bytes(tensor: Tensor) -> Tensor:
+    """All that a tensor is a view of."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+
+
+def _without_assembler(*stages: Any) -> tuple[str, str]:
+    """Triton's hook into its pipeline, asked for a name of what it does, and then to do it: PTX is all that is needed,
+    and the assembler takes as long as the rest."""
+    if stages:
+        stages[1]["cubin"] = lambda ptx, metadata: b""
+    return "no assembler", "no assembler"
+
+
 def install(target: str) -> None:
     """From here on the Triton backend takes tensors on the CPU and computes as a GPU of the target would."""
+    if hasattr(knobs.runtime, "add_stages_inspection_hook"):  # from Triton 3.5 on
+        knobs.runtime.add_stages_inspection_hook = _without_assembler
     driver.set_active(Driver(target))
     setattr(backend, "_pairs", lambda device: target == "sm_100")  # noqa: B010
     for name in KERNELS:

@@ -21,8 +21,11 @@ from numpy.typing import NDArray
 from ptx_memory import ACCESS, Memory, Races
 
 Array: TypeAlias = NDArray[Any]
+# Which threads execute an instruction: mostly all of them, and then nothing need be gathered and put back.
+Threads: TypeAlias = "Array | slice"
 
 WARP = 32
+EVERYONE = slice(None)
 
 _SIZES = {"8": 1, "16": 2, "32": 4, "64": 8, "16x2": 4, "32x2": 8}
 
@@ -77,6 +80,7 @@ _KNOWN = re.compile(
 _LINE = re.compile(r"^(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*?);?$")
 
 
+@functools.lru_cache(maxsize=64)
 def parse(ptx: str) -> tuple[list[Instruction], dict[str, int], list[str]]:
     """Instructions, labels, and the names of the parameters, of the one kernel of a module."""
     instructions: list[Instruction] = []
@@ -125,7 +129,7 @@ def _shift(value: Array, by: Array, left: bool) -> Array:
 
 def _permuted(eight: Array, selector: Array) -> Array:
     """Four of eight bytes, or where the selector asks for it their signs, one for every digit of it."""
-    result = np.zeros(len(eight), np.uint32)
+    result = np.zeros(np.broadcast_shapes(eight.shape, selector.shape), np.uint32)
     for at in range(4):
         digit = selector >> np.uint64(4 * at)
         byte = (eight >> np.uint64(8) * (digit & np.uint64(7))) & np.uint64(0xFF)
@@ -147,6 +151,18 @@ _BINARY: dict[str, Callable[[Array, Array], Array]] = {
 }  # fmt: skip
 
 
+@functools.lru_cache(maxsize=4096)
+def _constant(operand: str, dtype: np.dtype[Any]) -> Array:
+    """Of all threads: one number."""
+    if operand == "global_smem":
+        return np.zeros(1, dtype)
+    hexadecimal = re.fullmatch(r"0[fd]([0-9A-Fa-f]+)", operand)
+    bits = int(hexadecimal[1], 16) if hexadecimal else int(operand.rstrip("U"), 0)
+    constant = np.full(1, bits & ((1 << 8 * dtype.itemsize) - 1), _unsigned(dtype.itemsize)).view(dtype)
+    constant.flags.writeable = False
+    return constant
+
+
 class Machine:
     """A grid of programs that executes one kernel: ``lanes`` threads, and every register for all of them."""
 
@@ -164,6 +180,8 @@ class Machine:
             "%nctaid.x": np.full(self.lanes, programs, np.uint32),
         }
         self.lane = lane
+        self.together: int | None = 0  # where all threads are; and where not, of each
+        self.place = np.zeros(self.lanes, np.int64)
         self.shared_bytes = -(-max(shared_bytes, ACCESS) // 256) * 256
         self.shared = np.full(programs * self.shared_bytes, 0xFF, np.uint8)
         self.shared_base = (lane // threads) * self.shared_bytes
@@ -173,45 +191,67 @@ class Machine:
 
     def run(self, arguments: Sequence[int | float]) -> None:
         self.arguments = dict(zip(self.parameters, arguments, strict=True))
-        place = np.zeros(self.lanes, np.int64)
         end = len(self.code)
         with np.errstate(all="ignore"):
-            while (first := int(place.min())) < end:
-                together = first == place.max()
-                for at in (first,) if together else np.unique(place[place < end]):
-                    active = self._ready(self.code[at], np.flatnonzero(place == at))
-                    if len(active):
-                        self._step(int(at), self.code[at], active, place)
-                        break
-                else:
-                    raise RuntimeError(f"threads wait for each other at {self.code[first].text}")
+            while True:
+                while (at := self.together) is not None:
+                    if at == end:
+                        return
+                    self._step(at, self.code[at], EVERYONE)
+                self._step_of_some()
+
+    def _step_of_some(self) -> None:
+        """An instruction of those that are furthest behind and need not wait."""
+        first = int(self.place.min())
+        if first == self.place.max():
+            self.together = first
+            return
+        for at in np.unique(self.place[self.place < len(self.code)]):
+            active = self._ready(self.code[at], np.flatnonzero(self.place == at))
+            if len(active):
+                self._step(int(at), self.code[at], active)
+                return
+        raise RuntimeError(f"threads wait for each other at {self.code[first].text}")
 
     def _ready(self, instruction: Instruction, active: Array) -> Array:
         """Of threads that are to execute an instruction, those that need not wait for others of their group."""
         group = {"bar": self.threads}.get(instruction.operation[0])
         if instruction.operation[0] in ("shfl", "redux", "ldmatrix", "stmatrix") or "warp" in instruction.operation:
             group = WARP
-        if group is None or len(active) == self.lanes:
+        if group is None:
             return active
         arrived = np.bincount(active // group, minlength=self.lanes // group)
         return active[arrived[active // group] == group]
 
-    def _step(self, at: int, instruction: Instruction, active: Array, place: Array) -> None:
-        place[active] = at + 1
-        self.executed += len(active)
+    def _go(self, to: int, active: Threads) -> None:
+        """Threads go on there, where all of them are or only some."""
+        if active is EVERYONE:
+            self.together = to
+            return
+        if self.together is not None:
+            self.place[:], self.together = self.together, None
+        self.place[active] = to
+
+    def _count(self, active: Threads) -> int:
+        return self.lanes if isinstance(active, slice) else len(active)
+
+    def _step(self, at: int, instruction: Instruction, active: Threads) -> None:
+        self._go(at + 1, active)
+        self.executed += self._count(active)
         if instruction.predicate is not None:
             asked = self.registers[instruction.predicate][active] != instruction.negated
-            active = active[asked]
-        if not len(active):
+            if not asked.all():
+                active = self.lane[active][asked]
+        if not self._count(active):
             return
         name = instruction.operation[0]
         if name == "bra":
-            place[active] = self.labels[instruction.operands[0]]
+            self._go(self.labels[instruction.operands[0]], active)
         elif name in ("ret", "exit"):
-            place[active] = len(self.code)
+            self._go(len(self.code), active)
         elif name == "bar":
             if "warp" not in instruction.operation or self.threads == WARP:
-                self.barriers[np.unique(active // self.threads)] += 1
+                self.barriers[np.unique(self.lane[active] // self.threads)] += 1
         elif name != "createpolicy":
             try:
                 self._execute(instruction, active)
@@ -230,7 +270,7 @@ class Machine:
             self.registers[name] = np.full(self.lanes, -1 & ((1 << 8 * size) - 1), _unsigned(size))
         return self.registers[name]
 
-    def _value(self, operand: str, dtype: np.dtype[Any], active: Array) -> Array:
+    def _value(self, operand: str, dtype: np.dtype[Any], active: Threads) -> Array:
         if operand in self.special:
             return self.special[operand][active].view(dtype)
         if operand.startswith("%"):
@@ -238,18 +278,18 @@ class Machine:
             if raw.dtype == np.bool_ or raw.dtype.itemsize == dtype.itemsize:
                 return raw if raw.dtype == np.bool_ else raw.view(dtype)
             return raw.astype(_unsigned(dtype.itemsize)).view(dtype)
-        if operand == "global_smem":
-            return np.zeros(len(active), dtype)
-        if hexadecimal := re.fullmatch(r"0[fd]([0-9A-Fa-f]+)", operand):
-            return np.full(len(active), int(hexadecimal[1], 16), _unsigned(dtype.itemsize)).view(dtype)
-        mask = (1 << 8 * dtype.itemsize) - 1
-        return np.full(len(active), int(operand.rstrip("U"), 0) & mask, _unsigned(dtype.itemsize)).view(dtype)
+        return _constant(operand, dtype)
 
-    def _predicate(self, operand: str, active: Array) -> Array:
+    def _halves(self, operand: str, half: np.dtype[Any], active: Threads) -> Array:
+        """Both of a packed operand, thread after thread."""
+        packed = self._value(operand, _unsigned(2 * half.itemsize), active)
+        return np.ascontiguousarray(np.broadcast_to(packed, self._count(active))).view(half)
+
+    def _predicate(self, operand: str, active: Threads) -> Array:
         kept: Array = self.registers[operand.lstrip("!")][active]
         return ~kept if operand.startswith("!") else kept
 
-    def _set(self, operand: str, value: Array, active: Array) -> None:
+    def _set(self, operand: str, value: Array, active: Threads) -> None:
         if operand == "_":
             return
         value = value if value.dtype == np.bool_ else value.view(_unsigned(value.dtype.itemsize))
@@ -262,7 +302,7 @@ class Machine:
             value = value.astype(held.dtype)
         held[active] = value
 
-    def _address(self, operand: str, active: Array) -> Array:
+    def _address(self, operand: str, active: Threads) -> Array:
         base, _, offset = operand.strip("[]").replace(" ", "").partition("+")
         size = 4 if base == "global_smem" or base in self.special else self.registers[base].dtype.itemsize
         address = self._value(base, np.dtype(f"i{size}"), active).astype(np.int64)
@@ -270,7 +310,7 @@ class Machine:
 
     # Instructions
 
-    def _execute(self, instruction: Instruction, active: Array) -> None:
+    def _execute(self, instruction: Instruction, active: Threads) -> None:
         name, *modifiers = instruction.operation
         operands = instruction.operands
         kind = modifiers[-1] if modifiers else ""
@@ -282,7 +322,7 @@ class Machine:
             plain = operands[1].lstrip("-").isdigit()
             self._set(
                 operands[0],
-                np.full(len(active), operands[1] != "0") if plain else self._predicate(operands[1], active),
+                np.full(1, operands[1] != "0") if plain else self._predicate(operands[1], active),
                 active,
             )
         elif name == "mov":
@@ -299,8 +339,8 @@ class Machine:
         elif name == "shfl":
             # By the lanes of a warp: all of them are here, whichever way they came.
             by = self._value(operands[2], np.dtype("u4"), active).astype(np.int64)
-            first = active // WARP * WARP
-            source = active ^ by if "bfly" in modifiers else first + by % WARP
+            lane = self.lane[active]
+            source = lane ^ by if "bfly" in modifiers else lane // WARP * WARP + by % WARP
             self._set(operands[0], self.registers[operands[1]][source], active)
         elif name == "prmt":
             a, b, selector = (self._value(each, np.dtype("u4"), active).astype(np.uint64) for each in operands[1:])
@@ -313,14 +353,14 @@ class Machine:
             values = [self._predicate(each, active) for each in operands[1:]]
             self._set(operands[0], ~values[0] if name == "not" else _BINARY[name](*values), active)
         elif kind == "bf16x2":
-            values = [self._value(each, np.dtype("u4"), active).view(np.uint16) for each in operands[1:]]
+            values = [self._halves(each, np.dtype("u2"), active) for each in operands[1:]]
             wide = [(each.astype(np.uint32) << 16).view(np.float32) for each in values]
             halves = (self._arithmetic(name, modifiers, wide).view(np.uint32) >> 16).astype(np.uint16)
             self._set(operands[0], halves.view(np.uint32), active)
         elif kind.endswith("x2"):
             # Two lanes of a packed register, each in its own half.
             single = np.dtype(f"{_dtype(kind[:-2]).str}")
-            whole = [self._value(each, _unsigned(2 * single.itemsize), active).view(single) for each in operands[1:]]
+            whole = [self._halves(each, single, active) for each in operands[1:]]
             self._set(
                 operands[0], self._arithmetic(name, modifiers, whole).view(_unsigned(2 * single.itemsize)), active
             )
@@ -386,7 +426,7 @@ class Machine:
         }  # fmt: skip
         return unary[name](first)
 
-    def _matrix(self, name: str, modifiers: list[str], operands: Sequence[str], active: Array) -> None:
+    def _matrix(self, name: str, modifiers: list[str], operands: Sequence[str], active: Threads) -> None:
         """8 x 8 matrices of 16 bits in shared memory: eight threads have the addresses of the rows of each, and every
         thread of the warp two neighbours of a row, or where transposed of a column."""
         held, address = operands if name == "ldmatrix" else (operands[1], operands[0])
@@ -409,7 +449,7 @@ class Machine:
                 elements[pairs[0]] = value.astype(np.uint16)
                 elements[pairs[1]] = (value >> np.uint32(16)).astype(np.uint16)
 
-    def _move(self, operands: Sequence[str], kind: str, active: Array) -> None:
+    def _move(self, operands: Sequence[str], kind: str, active: Threads) -> None:
         to, source = operands
         whole = _unsigned(_dtype(kind).itemsize)
         if to.startswith("{"):
@@ -421,12 +461,14 @@ class Machine:
         elif source.startswith("{"):
             parts = [each.strip() for each in source.strip("{}").split(",")]
             piece = _unsigned(whole.itemsize // len(parts))
-            joined = np.stack([self._value(part, piece, active) for part in parts], 1)
-            self._set(to, np.ascontiguousarray(joined).view(whole)[:, 0], active)
+            joined = np.empty((self._count(active), len(parts)), piece)
+            for index, part in enumerate(parts):
+                joined[:, index] = self._value(part, piece, active)
+            self._set(to, joined.view(whole)[:, 0], active)
         else:
             self._set(to, self._value(source, whole, active), active)
 
-    def _convert(self, operands: Sequence[str], modifiers: list[str], active: Array) -> None:
+    def _convert(self, operands: Sequence[str], modifiers: list[str], active: Threads) -> None:
         to, of = modifiers[-2:]
         if to in ("bf16x2", "f16x2"):
             one = _bfloat16 if to == "bf16x2" else _half
@@ -441,16 +483,16 @@ class Machine:
         else:
             self._set(operands[0], self._value(operands[1], _dtype(of), active).astype(_dtype(to)), active)
 
-    def _access(self, name: str, modifiers: list[str], operands: Sequence[str], active: Array, text: str) -> None:
+    def _access(self, name: str, modifiers: list[str], operands: Sequence[str], active: Threads, text: str) -> None:
         space, kind = modifiers[0], modifiers[-1]
         dtype = _unsigned(_dtype(kind).itemsize)
         if space == "param":
             signed = _dtype(kind)
             given = self.arguments[operands[1].strip("[]")]
             if isinstance(given, float):
-                value = np.full(len(active), given, np.float64)
+                value = np.full(1, given, np.float64)
             else:
-                value = np.full(len(active), given & ((1 << 8 * signed.itemsize) - 1), dtype)
+                value = np.full(1, given & ((1 << 8 * signed.itemsize) - 1), dtype)
                 if signed.kind == "i" and operands[0].startswith("%rd"):  # into a wider register, with its sign
                     value = value.view(signed).astype(np.int64)
             self._set(operands[0], value, active)
@@ -469,8 +511,11 @@ class Machine:
             memory = self.memory.bytes
             places = self.memory.places(at, dtype.itemsize, len(names), text)
             if self.races is not None:
-                barriers = self.barriers[active // self.threads]
-                self.races.access(at, dtype.itemsize * len(names), active, barriers, name == "st")
+                lane = self.lane[active]
+                at = np.broadcast_to(at, lane.shape)
+                self.races.access(
+                    at, dtype.itemsize * len(names), lane, self.barriers[lane // self.threads], name == "st"
+                )
         elements = memory.view(dtype)
         for index, register in enumerate(names):
             if name == "ld":

@@ -20,9 +20,8 @@ class Memory:
     """Allocations in a space of addresses of its own."""
 
     def __init__(self) -> None:
-        self.starts: list[int] = []
-        self.contents: list[int] = []  # where they end
-        self.ends: list[int] = []  # and the last access of 16 bytes
+        # Of each allocation: where it starts, where its content ends, and where the last access of 16 bytes to it.
+        self.starts, self.contents, self.ends = (np.zeros(0, np.int64) for _ in range(3))
         self.bytes = np.zeros(_PAGE, np.uint8)
 
     def allocate(self, content: bytes) -> int:
@@ -31,9 +30,9 @@ class Memory:
         room = np.full(-(-(padded + 1) // _PAGE) * _PAGE, 0xFF, np.uint8)  # NaN, where it is read
         room[: len(content)] = np.frombuffer(content, np.uint8)
         self.bytes = np.concatenate((self.bytes, room))
-        self.starts.append(start)
-        self.contents.append(start + len(content))
-        self.ends.append(start + padded)
+        self.starts = np.append(self.starts, start)
+        self.contents = np.append(self.contents, start + len(content))
+        self.ends = np.append(self.ends, start + padded)
         return start
 
     def places(self, address: Array, size: int, count: int, text: str) -> Array:
@@ -44,8 +43,8 @@ class Memory:
         address = address.view(np.int64)
         if (address % (size * count)).any():
             raise ValueError(f"an access of {size * count} bytes is not aligned to them: {text}")
-        at = np.searchsorted(np.array(self.starts), address, side="right") - 1
-        ends = np.array(self.contents if "st.global" in text else self.ends)
+        at = np.searchsorted(self.starts, address, side="right") - 1
+        ends = self.contents if "st.global" in text else self.ends
         if (at < 0).any() or (address + size * count > ends[at]).any():
             raise ValueError(f"an access lies beside every allocation: {text}")
         return address[:, None] // size + np.arange(count)
