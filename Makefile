@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 KERNEL_TESTS := $(foreach name,extremes layouts losses poisoned statistics value_and_gradient,tests/test_$(name).py)
 
-GPU_RESULTS := $(foreach part,small widths tokens,benchmarks/results/gpu_$(part).json)
+GPU_RESULTS := $(foreach part,bf16 fp32_fp16,benchmarks/results/gpu_$(part).json)
 
 .PHONY: demo test study study-quick fuzz test-gpu test-emulated lint format compile-report bench-cpu bench-gpu bench-growth bench-startup \
   bench-dispatch bench-linear bench-training numerics readme clean
@@ -50,10 +50,9 @@ bench-cpu: $(VENV)/.installed  ## The benchmark suite on this CPU, and its pictu
 	$(BIN)/python -m benchmarks --device cpu --output benchmarks/results/cpu.json
 	$(BIN)/python -m benchmarks.plots benchmarks/results/cpu.json --output docs/performance --prefix cpu_
 
-bench-gpu:  ## The benchmark suite on this GPU, in parts of less than ten minutes, with whatever Python is active
-	$(PYTHON) -m benchmarks --device cuda --part small --output benchmarks/results/gpu_small.json
-	$(PYTHON) -m benchmarks --device cuda --part widths --output benchmarks/results/gpu_widths.json
-	$(PYTHON) -m benchmarks --device cuda --part tokens --output benchmarks/results/gpu_tokens.json
+bench-gpu:  ## The benchmark suite on this GPU, in two parts of less than ten minutes, with whatever Python is active
+	$(PYTHON) -m benchmarks --device cuda --dtype bf16 --output benchmarks/results/gpu_bf16.json
+	$(PYTHON) -m benchmarks --device cuda --dtype fp32 --dtype fp16 --output benchmarks/results/gpu_fp32_fp16.json
 	$(PYTHON) -m benchmarks.kernels --output benchmarks/results/gpu_kernels.json --figure docs/performance/gpu_kernels.png
 	$(PYTHON) -m benchmarks.host --device cuda --output benchmarks/results/gpu_host.json
 	$(PYTHON) -m benchmarks.linear --device cuda --output benchmarks/results/gpu_linear.json

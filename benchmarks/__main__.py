@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.ahead import Job, compile_all, jobs, this_machine
 from benchmarks.arguments import device_argument, duration, output_file, thread_count
 from benchmarks.cases import DTYPES, GPU_PARTS, PARTS, Case
 from benchmarks.environment import environment
@@ -24,9 +25,9 @@ from benchmarks.progress import progress
 from benchmarks.providers import PROVIDERS
 from benchmarks.runner import Row, Settings, run
 
-# A part on a GPU ends by itself before ten minutes; what is left is reported as skipped.
+# A run on a GPU ends by itself before ten minutes; what is left is reported as skipped.
 GPU_MINUTES = 9.0
-# What is trained in comes first: a part that runs out of time lacks the others.
+# What is trained in comes first: a run that is out of time lacks the others.
 GPU_DTYPES = ("bf16", "fp32", "fp16")
 
 
@@ -44,10 +45,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--provider", choices=names, action="append", help="only this one (may be repeated)")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="only this one (may be repeated)")
     parser.add_argument("--threads", type=thread_count, default=2, help="of PyTorch on the CPU")
-    parser.add_argument("--seconds", type=duration, help="of a measurement; on a GPU 0.1, on the CPU 0.7")
-    parser.add_argument(
-        "--minutes", type=duration, help=f"start nothing after this long; on a GPU {GPU_MINUTES:g} a part"
-    )
+    parser.add_argument("--seconds", type=duration, help="of a measurement; on a GPU 0.05, on the CPU 0.7")
+    parser.add_argument("--minutes", type=duration, help=f"start nothing after this long; on a GPU {GPU_MINUTES:g}")
     return parser.parse_args(arguments)
 
 
@@ -64,11 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     device: torch.device = options.device
     on_gpu = device.type == "cuda"
-    parts = len(GPU_PARTS) if options.part == "all" else 1
-    minutes = options.minutes if options.minutes is not None else parts * GPU_MINUTES if on_gpu else math.inf
+    minutes = options.minutes if options.minutes is not None else GPU_MINUTES if on_gpu else math.inf
     settings = Settings(
         device,
-        seconds=options.seconds or (0.005 if options.quick else 0.1 if on_gpu else 0.7),
+        seconds=options.seconds or (0.005 if options.quick else 0.05 if on_gpu else 0.7),
         rounds=2 if options.quick else 7,
         roof_bytes=16 << 20 if options.quick else 1 << 30 if on_gpu else 256 << 20,
         deadline=time.monotonic() + 60 * minutes,
@@ -82,7 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         if options.output:
             write(options.output, {"environment": about, **report})
 
-    with progress(len(cases) * len(dtypes) * len(providers)) as advance:
+    ahead: list[Job] = []
+    if on_gpu:
+        ahead = jobs(this_machine(device), [case.shape for case in cases], dtypes, providers)
+    with progress(len(ahead) + len(cases) * len(dtypes) * len(providers)) as advance:
+        compile_all(ahead, advance)
         report = run(cases, dtypes, providers, settings, advance, save)
     print("\n".join(table(report["results"])))
     for name, reason in report["missing"].items():

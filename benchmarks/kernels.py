@@ -18,9 +18,11 @@ from typing import Any
 import torch
 
 from benchmarks import timing
+from benchmarks.ahead import Job, compile_all, this_machine
 from benchmarks.arguments import device_argument, duration, output_file
 from benchmarks.cases import DTYPES
 from benchmarks.environment import ROOT, environment, write_results
+from benchmarks.goals import COT
 from benchmarks.progress import progress
 from benchmarks.runner import Settings, copy_bandwidth, message_of
 from cot_kernels.objectives import ComplementEntropyObjective
@@ -87,7 +89,10 @@ def run(
     cases: Sequence[Case], device: torch.device, seconds: float, bandwidth: float, deadline: float
 ) -> Iterator[dict[str, Any]]:
     """A row a case; one that fails, or for which no time is left, says so and costs no other."""
-    with progress(len(cases)) as advance:
+    machine = this_machine(device)
+    ahead = [Job(machine, shape_of(layout, classes), dtype, COT) for layout, classes, dtype in cases]
+    with progress(len(ahead) + len(cases)) as advance:
+        compile_all(ahead, advance)
         for case in cases:
             advance("{}, {} classes, {}".format(*case))
             about = dict(zip(("layout", "classes", "dtype"), case, strict=True))

@@ -177,8 +177,8 @@ def _call(case: Case) -> None:
 class Driver:
     """Stands for a GPU of a target: Triton's compiler asks the driver for no more than this."""
 
-    def __init__(self, target: str) -> None:
-        self.target, self.number = TARGETS[target], list(TARGETS).index(target)
+    def __init__(self, target: GPUTarget, number: int = 0) -> None:
+        self.target, self.number = target, number
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -217,15 +217,24 @@ KERNELS = (
 )
 
 
-def launches(case: Case) -> list[Launch]:
-    """The kernels that a call launches, in their order."""
+@contextlib.contextmanager
+def compiled_for(instead: Driver) -> Iterator[list[Launch]]:
+    """What the backend launches meanwhile is compiled for a GPU that need not be there, and told."""
     found: list[Launch] = []
     replaced: dict[str, Any] = {name: _Compiling(getattr(backend, name), found) for name in KERNELS}
+    hip = instead.target.backend == "hip"
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(backend, forward_plans=Plans(), gradient_plans=Plans(), **replaced))
-        stack.enter_context(mock.patch.object(backend, "_pairs", lambda _: case.target in ("sm_100", "gfx942")))
-        if case.target.startswith("gfx"):
-            stack.enter_context(mock.patch.object(torch.version, "hip", "7"))
-        driver.set_active(Driver(case.target))  # for good: there may be no other to set back
+        stack.enter_context(
+            mock.patch.object(backend, "_capability", lambda _: 0 if hip else instead.target.arch // 10)
+        )
+        stack.enter_context(mock.patch.object(torch.version, "hip", "7" if hip else None))
+        driver.set_active(instead)  # for good: there may be no other to set back
+        yield found
+
+
+def launches(case: Case) -> list[Launch]:
+    """The kernels that a call launches, in their order."""
+    with compiled_for(Driver(TARGETS[case.target], list(TARGETS).index(case.target))) as found:
         _call(case)
     return found

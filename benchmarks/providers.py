@@ -44,6 +44,8 @@ class Provider:
     overwrites: bool = False  # forms the gradient in the forward pass, in place of the logits
     rows_only: bool = False  # takes (N, K) logits alone
     gpu_only: bool = False
+    slow: bool = False  # takes seconds to get ready for a shape
+    ours: bool = False
 
     def passes(self, mode: str) -> int:
         """Times that an ideal implementation of the algorithm moves a tensor of the logits' size through memory.
@@ -91,25 +93,30 @@ _cross_entropy_sum = partial(F.cross_entropy, reduction="sum")
 
 PROVIDERS: tuple[Provider, ...] = (
     Provider("published", _given(_published), _published_sum, tensors=7, rounds_operations=True),
-    Provider("published, compiled", _compiled(_published), _published_sum, tensors=4, rounds_operations=True),
+    Provider(
+        "published, compiled", _compiled(_published), _published_sum, tensors=4, rounds_operations=True, slow=True
+    ),
     Provider("F.cross_entropy", _given(F.cross_entropy), _cross_entropy_sum, tensors=3, rounds_operations=True),
     Provider("Liger cross_entropy", _liger, _cross_entropy_sum, overwrites=True, rows_only=True, gpu_only=True),
     Provider("quack cross_entropy", _quack, _cross_entropy_sum, rows_only=True, gpu_only=True),
-    Provider("complement_entropy", _given(cot_kernels.complement_entropy), _published_sum),
+    Provider("complement_entropy", _given(cot_kernels.complement_entropy), _published_sum, ours=True),
     Provider(
         "complement_entropy, eps=0",
         _given(partial(cot_kernels.complement_entropy, eps=0.0)),
         partial(reference.complement_entropy, reduction="sum", eps=0.0),
+        ours=True,
     ),
     Provider(
         "guided_complement_entropy",
         _given(cot_kernels.guided_complement_entropy),
         partial(reference.guided_complement_entropy, reduction="sum"),
+        ours=True,
     ),
     Provider(
         "complement_cross_entropy",
         _given(cot_kernels.complement_cross_entropy),
         partial(reference.complement_cross_entropy, reduction="sum"),
+        ours=True,
     ),
-    Provider("cross_entropy", _given(cot_kernels.cross_entropy), _cross_entropy_sum),
+    Provider("cross_entropy", _given(cot_kernels.cross_entropy), _cross_entropy_sum, ours=True),
 )

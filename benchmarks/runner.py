@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -189,7 +190,6 @@ class CaseRun:
         return Row(provider=provider, dtype=self.dtype, mode=mode, **about(self.case), **values)
 
     def rows(self, providers: Sequence[Provider], advance: Callable[[str], None]) -> Iterator[Row]:
-        yield from self._copy()
         ready: list[Ready] = []
         for provider in providers:
             advance(f"{self.case.name} {self.dtype}: {provider.name}")
@@ -312,7 +312,7 @@ class CaseRun:
             "copy_share": gbps / self.bandwidth,
         }
 
-    def _copy(self) -> Iterator[Row]:
+    def copy(self) -> Iterator[Row]:
         copy = roof.kernel_copy() if self.settings.on_gpu else roof.library_copy
         sources = [logits.detach() for logits in self.buffers.logits]
         destinations = [torch.empty_like(source) for source in sources]
@@ -337,28 +337,35 @@ def run(
 ) -> dict[str, Any]:
     """The report: what is missing, the copy's bandwidth, and the rows. ``save`` is given it after every case, and last.
 
-    All cases in one dtype, then in the next: where time runs out, no case is missing in the first.
+    All cases in one dtype, then in the next: where time runs out, no case is missing in the first. On a GPU those that
+    are slow to get ready come after all others; on a CPU, where providers take turns, with them.
     """
     absent = missing(providers, settings.device)
     present = [provider for provider in providers if provider.name not in absent]
     copy = copy_bandwidth(settings)
     rows: list[Row] = []
     report = {"missing": absent, "copy_bandwidth": copy, "results": rows}
-    for dtype in dtypes:
-        for case in cases:
+    slow = [provider for provider in present if settings.on_gpu and provider.slow]
+    quick = [provider for provider in present if provider not in slow]
+    for turn, some in enumerate((quick, slow) if slow else (quick,)):
+        for dtype, case in itertools.product(dtypes, cases):
             if time.monotonic() > settings.deadline:
                 late: dict[str, Any] = {"dtype": dtype, "status": "skipped", "message": LATE, **about(case)}
-                rows.append(Row(COPY, mode=COPY, **late))
-                rows.extend(Row(provider.name, mode="both", **late) for provider in present)
+                rows.extend([Row(COPY, mode=COPY, **late)] if turn == 0 else [])
+                rows.extend(Row(provider.name, mode="both", **late) for provider in some)
                 continue
             try:
+                of_case = CaseRun(case, dtype, settings, copy["roof"])
+                rows.extend(of_case.copy() if turn == 0 else ())
                 # A compiled backward pass must be able to run again on what its forward pass saved.
                 with torch._functorch.config.patch(donated_buffer=False):
-                    rows.extend(CaseRun(case, dtype, settings, copy["roof"]).rows(present, advance))
+                    rows.extend(of_case.rows(some, advance))
             except torch.OutOfMemoryError as error:  # the logits themselves
                 text = message_of(error)
                 rows.append(Row(COPY, dtype=dtype, mode=COPY, status="failed", message=text, **about(case)))
             save(report)
+    names, providers_in_order = [case.name for case in cases], [COPY, *(provider.name for provider in present)]
+    rows.sort(key=lambda row: (dtypes.index(row.dtype), names.index(row.case), providers_in_order.index(row.provider)))
     if settings.on_gpu:
         # Last: where it has looked once, the profiler slows every launch after.
         _count_launches(rows, cases, dtypes, present, settings)

@@ -2,8 +2,9 @@
 
 ``python -m benchmarks.startup --output FILE`` imports torch, and torch with cot_kernels, in fresh processes that take
 turns; times the first and the second call of a loss in fresh processes, on a GPU with an empty cache of compiled
-kernels and with a full one; and counts, without compiling, the variants of the kernels that logits of 2 to 300,000
-classes call for: what the launch table chooses, and what Triton makes of the integers it is given.
+kernels and with a full one; what it takes to compile the kernels of such a call for an H100, or to find them compiled,
+which needs no GPU; and counts, without compiling, the variants of the kernels that logits of 2 to 300,000 classes call
+for: what the launch table chooses, and what Triton makes of the integers it is given.
 """
 
 from __future__ import annotations
@@ -50,6 +51,18 @@ for loss in (torch.nn.functional.cross_entropy, cot_kernels.complement_entropy, 
 print(json.dumps(seconds[1:]))
 """
 
+# The kernels of the same call.
+_COMPILES = """
+import time
+from benchmarks import ahead
+from benchmarks.launches import TARGETS
+from cot_kernels.backends.triton import backend
+job = ahead.Job(ahead.Machine(TARGETS["sm_90"], 132), (128, 1000), "fp32", "complement_entropy")
+start = time.perf_counter()
+ahead.compile_job(job)
+print(time.perf_counter() - start)
+"""
+
 Variant = tuple[str | launch.Tile | int, ...]
 
 
@@ -89,6 +102,22 @@ def call_seconds(device: str, rounds: int) -> dict[str, float]:
                     times.append(seconds)
     found = {"first": statistics.median(first), "second": statistics.median(second)}
     return found | ({"compiling": statistics.median(compiling)} if compiling else {})
+
+
+def compile_seconds(rounds: int) -> dict[str, float]:
+    """Medians, with an empty cache of compiled kernels and with a full one, for an H100; after Triton is imported."""
+    times: dict[str, list[float]] = {"empty": [], "full": []}
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    with progress(rounds) as advance:
+        for _ in range(rounds):
+            advance("compiling")
+            with tempfile.TemporaryDirectory() as cache:
+                for found in times.values():
+                    command = [sys.executable, "-c", _COMPILES]
+                    environment["TRITON_CACHE_DIR"] = cache
+                    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+                    found.append(float(run.stdout))
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def specialization(number: int) -> str:
@@ -145,6 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     medians = {name: statistics.median(times) for name, times in import_seconds(options.rounds).items()}
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     calls = {device: call_seconds(device, min(CALL_ROUNDS, options.rounds)) for device in devices}
+    compiled = compile_seconds(min(CALL_ROUNDS, options.rounds))
     counts = {
         dtype: {name: count(rows, torch_dtype.itemsize) for name, rows in ROWS.items()}
         for dtype, torch_dtype in DTYPES.items()
@@ -154,6 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "import_seconds": medians,
         "import_ratio": medians["cot_kernels"] / medians["torch"],
         "call_seconds": calls,
+        "compile_seconds": compiled,
         "classes": [CLASSES[0], CLASSES[-1]],
         "rows": ROWS,
         "variants": counts,
@@ -161,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"import torch {medians['torch']:.2f} s, with cot_kernels {medians['cot_kernels']:.2f} s")
     for device, seconds in calls.items():
         print(f"{device}: " + ", ".join(f"{name} call {each * 1e3:.1f} ms" for name, each in seconds.items()))
+    print(f"kernels of a first call: compiled in {compiled['empty']:.2f} s, found in {compiled['full']:.2f} s")
     for dtype, found in counts.items():
         for name, kernels in found.items():
             print(f"{dtype}, {name} rows: {sum(kernels.values())} variants, {kernels}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime.driver import driver
 
-from benchmarks.launches import KERNELS, Driver
+from benchmarks.launches import KERNELS, TARGETS, Driver
 from cot_kernels.backends.triton import backend
 
 
@@ -75,7 +75,7 @@ def install(target: str) -> None:
     """From here on the Triton backend takes tensors on the CPU and computes as a GPU of the target would."""
     if hasattr(knobs.runtime, "add_stages_inspection_hook"):  # from Triton 3.5 on
         knobs.runtime.add_stages_inspection_hook = _without_assembler
-    driver.set_active(Driver(target))
+    driver.set_active(Driver(TARGETS[target]))
     setattr(backend, "_pairs", lambda device: target == "sm_100")  # noqa: B010
     for name in KERNELS:
         setattr(backend, name, Emulated(getattr(backend, name)))

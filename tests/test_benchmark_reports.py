@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks import goals, readme, runner
-from benchmarks.cases import GPU_PARTS, Case
+from benchmarks.cases import Case
 from benchmarks.providers import PROVIDERS
 from benchmarks.runner import Row
 
@@ -56,7 +56,7 @@ def test_figures(results: list[dict[str, Any]], tmp_path: Path) -> None:
 def test_figures_are_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same case of two runs, or of two devices, would be drawn as one: of the last file, without a word."""
     plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
-    parts = [str(RESULTS / f"gpu_{part}.json") for part in GPU_PARTS]
+    parts = [str(file) for file in readme.gpu_files()]
 
     def refused(*files: str) -> str:
         with pytest.raises(SystemExit):
@@ -225,13 +225,16 @@ def test_kernels_that_were_not_timed_are_left_out_of_their_table(
 def test_parts_that_were_not_measured_are_left_out_of_the_table_of_gpus(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    small, missing = RESULTS / "gpu_small.json", tmp_path / "gpu_tokens.json"
-    monkeypatch.setattr(readme, "GPU_RESULTS", [small, RESULTS / "gpu_widths.json", missing])
+    measured, missing = RESULTS / "gpu_bf16.json", tmp_path / "gpu_fp16.json"
+    report = json.loads(measured.read_text())
+    other = tmp_path / "gpu_fp32.json"
+    other.write_text(json.dumps({**report, "results": [dict(row, dtype="fp32") for row in report["results"]]}))
+    monkeypatch.setattr(readme, "GPU_RESULTS", [measured, other, missing])
     table = readme.gpu_table()
-    assert "| 128 x 10 | bf16 |" in table and "8192 x 32000" not in table
-    assert "`benchmarks/results/gpu_{small,widths}.json`" in table
-    monkeypatch.setattr(readme, "GPU_RESULTS", [small, missing])
-    assert "`benchmarks/results/gpu_small.json`" in readme.gpu_table()
+    assert "| 128 x 10 | bf16 |" in table and "| 128 x 10 | fp32 |" in table and "fp16" not in table
+    assert "`benchmarks/results/gpu_{bf16,fp32}.json`" in table
+    monkeypatch.setattr(readme, "GPU_RESULTS", [measured, missing])
+    assert "`benchmarks/results/gpu_bf16.json`" in readme.gpu_table()
     monkeypatch.setattr(readme, "GPU_RESULTS", [missing])
     for table_of in (readme.gpu_table, readme.gpu_goals_table):
         with pytest.raises(FileNotFoundError, match=missing.name):

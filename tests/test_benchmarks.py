@@ -293,6 +293,13 @@ def test_first_calls_are_timed_in_processes_of_their_own() -> None:
     assert seconds.keys() == {"first", "second"} and min(seconds.values()) > 0
 
 
+@pytest.mark.compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is built for Linux only")
+def test_kernels_of_a_first_call_are_compiled_once() -> None:
+    seconds = startup.compile_seconds(1)
+    assert seconds.keys() == {"empty", "full"} and min(seconds.values()) > 0
+
+
 def test_variants_tell_what_triton_specializes_on() -> None:
     assert [startup.specialization(number) for number in (1, 17, 32, 2**31, 2**31 + 1)] == [
         "1", "32", "32D", "64D", "64",
@@ -335,6 +342,42 @@ def test_one_dtype_is_measured_after_the_other() -> None:
     report = runner.run(cases, ["bf16", "fp32"], [provider(F.cross_entropy)], SETTINGS, lambda _: None, lambda _: None)
     order = list(dict.fromkeys((row.dtype, row.case) for row in report["results"]))
     assert order == [(dtype, case.name) for dtype in ("bf16", "fp32") for case in cases]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_on_a_gpu_those_that_are_slow_to_get_ready_come_last(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where time runs out, it is they that are missing; the rows are in the order of the cases."""
+
+    class OnGpu(Settings):
+        on_gpu = True  # type: ignore[assignment]
+
+    monkeypatch.setattr(runner, "_times", lambda steps, *_: {name: [1e-6] for name in steps})
+    monkeypatch.setattr(timing, "graph_times", lambda *_: [1e-6])
+    monkeypatch.setattr(runner.roof, "kernel_copy", lambda: runner.roof.library_copy)
+    monkeypatch.setattr(resources, "launches", lambda step: 3)
+    now = 0.0
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: now))
+    said: list[str] = []
+
+    def advance(text: str) -> None:
+        nonlocal now
+        said.append(text)
+        now = float(late and len(said) >= 2)
+
+    slow, fast = (
+        dataclasses.replace(provider(F.cross_entropy, slow=name == "slow"), name=name) for name in ("slow", "fast")
+    )
+    settings = OnGpu(CPU, seconds=0.001, rounds=1, roof_bytes=1 << 16, deadline=0.5)
+    cases = (CASE, Case(4, 3))
+    rows = runner.run(cases, ["fp32"], [slow, fast], settings, advance, lambda _: None)["results"]
+    first, second = (case.name for case in cases)
+    names = [f"{first} fp32: fast", f"{second} fp32: fast", f"{first} fp32: slow", f"{second} fp32: slow"]
+    assert said == (names[:2] if late else names)
+    assert list(dict.fromkeys((row.case, row.provider) for row in rows)) == [
+        (case, name) for case in (first, second) for name in (runner.COPY, "slow", "fast")
+    ]
+    assert [row.graph for row in rows if row.provider == runner.COPY] == [False, True] * 2
+    assert {row.status for row in rows if row.provider == "slow"} == {"skipped" if late else "ok"}
 
 
 def test_launches_are_counted_of_what_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:

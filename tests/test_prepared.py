@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +19,7 @@ from cot_kernels import complement_cross_entropy
 from cot_kernels.backends.triton import backend, launch, prepared
 from cot_kernels.backends.triton.prepared import Plans, Prepared
 
+ROOT = Path(__file__).parents[1]
 SHAPES = ((4, 6), (3, 5000), (4, 6, 32), (5000, 7), (600, 3000))
 
 
@@ -165,3 +170,28 @@ def test_what_an_interpreter_launches_is_left_to_it() -> None:
     prepared_launch(-1, tensor)
     prepared_launch(-1, tensor)
     assert [(grid, number) for grid, _, number in calls] == [((7,), 3)] * 2
+
+
+KEYS = """
+import sys
+from cot_kernels.backends.triton import backend, objectives
+named = {each.__name__: each for each in (*objectives.TWINS, backend.statistics_kernel, backend.gradient_kernel,
+                                          backend.merge_kernel, backend.value_and_gradient_kernel)}
+for name in sorted(named, reverse=sys.argv[1] == "backwards"):
+    named[name].cache_key
+print([named[name].cache_key for name in sorted(named)])
+"""
+
+
+@pytest.mark.compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is built for Linux only")
+def test_kernels_are_found_in_the_cache_whatever_is_called_first() -> None:
+    """Triton's key of a function depends on which others were asked for theirs before it."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", KEYS, order], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        for order in ("forwards", "backwards")
+    }
+    assert len(found) == 1 and len(next(iter(found))) > 7 * 64

@@ -20,8 +20,8 @@ from torch import Tensor
 from cot_kernels.backends import accumulation_dtype
 from cot_kernels.backends.triton import launch
 from cot_kernels.backends.triton.gradient import gradient_kernel
-from cot_kernels.backends.triton.objectives import device_twin
-from cot_kernels.backends.triton.prepared import Plans, Prepared
+from cot_kernels.backends.triton.objectives import TWINS, device_twin
+from cot_kernels.backends.triton.prepared import Plans, Prepared, settle_keys
 from cot_kernels.backends.triton.reduction import fold_kernel, reduce_kernel
 from cot_kernels.backends.triton.statistics import merge_kernel, split_kernel, statistics_kernel
 from cot_kernels.backends.triton.value_and_gradient import value_and_gradient_kernel
@@ -30,6 +30,11 @@ from cot_kernels.objectives import Objective, cross_entropy_of
 # What a forward pass hands its backward pass: target and state, [5, N] (see statistics.finish). That of a reduced loss
 # is one row: behind the 5 N numbers come the partial sums, and last what the gradient of a row's loss is multiplied by.
 Saved: TypeAlias = tuple[Tensor, Tensor]
+
+settle_keys(
+    *TWINS, statistics_kernel, split_kernel, merge_kernel, reduce_kernel, fold_kernel, gradient_kernel,
+    value_and_gradient_kernel,
+)  # fmt: skip
 
 _REDUCE_BLOCK = 1024
 _HERE = contextlib.nullcontext()

@@ -73,6 +73,9 @@ def cross_entropy(log_odds, negentropy, scale, weight, unused, HALF: tl.constexp
     return loss, scale * miss, scale * weight + tl.zeros_like(negentropy)
 
 
+TWINS = (complement_entropy, guided_complement_entropy, cross_entropy)
+
+
 def device_twin(objective: Objective) -> tuple[Any, tuple[float, float, float]]:
     """The device function of an objective, and its three parameters."""
     if isinstance(objective, ComplementEntropyObjective):

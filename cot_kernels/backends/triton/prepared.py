@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
 Plan = TypeVar("Plan")
 
@@ -27,6 +28,17 @@ class Plans(dict[tuple[Any, ...], Plan], Generic[Plan]):
             self.clear()
         self[key] = plan
         return plan
+
+
+def settle_keys(*functions: Any) -> None:
+    """Asks for the keys of device functions in Triton's cache on disk, in an order that is always the same.
+
+    Into a key go the constants of those functions that it calls which have been asked for theirs before (Triton 3.7).
+    Left to chance, a kernel would be compiled anew in a process that calls the losses in another order.
+    """
+    for function in functions:
+        if isinstance(function, JITFunction):  # the interpreter's have none
+            function.cache_key  # noqa: B018
 
 
 def _wanted(hook: Any) -> bool:
