@@ -33,7 +33,7 @@ class Settings:
 
 
 FULL = Settings()
-QUICK = Settings(search_seeds=(1000,), test_seeds=(0, 1), configurations=2, examples=40, epochs=2)
+QUICK = Settings(search_seeds=(1000,), test_seeds=(0, 1), configurations=2, examples=16, epochs=2)
 
 
 @dataclass(frozen=True)

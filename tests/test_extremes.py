@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_runs import DEVICE, some
 from torch import Tensor
 
 from cot_kernels import complement_cross_entropy
@@ -14,11 +15,13 @@ from cot_kernels.objectives import (
     GuidedComplementEntropyObjective,
 )
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SOME_WIDTHS = (40, False), (1003, False), (2501, True)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("classes", [33, 64, 200, 249, 257, 520, 1000, 1001, 1032, 2041, 2049])
+@pytest.mark.parametrize(
+    "classes", some([33, 64, 200, 249, 257, 520, 1000, 1001, 1032, 2041, 2049], 33, 200, 1001, 2049)
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_large_logit_anywhere_in_dense_rows(classes: int, dtype: torch.dtype) -> None:
     """Its maximum may lie in each piece of a row; and behind the last row, which ends on a boundary, is nothing."""
@@ -42,7 +45,8 @@ def test_a_large_logit_anywhere_in_dense_rows(classes: int, dtype: torch.dtype) 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("classes", "split"), [(21, False), (40, False), (1000, False), (1003, False), (2056, False), (2501, True)]
+    ("classes", "split"),
+    some([(21, False), (40, False), (1000, False), (1003, False), (2056, False), (2501, True)], *SOME_WIDTHS),
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_logits_of_any_size(
@@ -78,7 +82,8 @@ def test_16_bit_logits_of_any_size(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("classes", "split"), [(2, False), (40, False), (1000, False), (1003, False), (2056, False), (2501, True)]
+    ("classes", "split"),
+    some([(2, False), (40, False), (1000, False), (1003, False), (2056, False), (2501, True)], *SOME_WIDTHS),
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_negentropy_is_never_positive_and_vanishes_beside_a_wrong_class(
