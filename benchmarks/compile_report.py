@@ -3,11 +3,15 @@
 ``python -m benchmarks.compile_report`` compiles what the calls of :mod:`.launches` launch, for sm_80, sm_90, sm_100 and
 gfx942, reads the cubins with the disassembler that the triton wheel carries and AMD's assembly as it is, and writes one
 JSON object a compiled kernel. It must run without TRITON_INTERPRET, which replaces the compiler.
+
+With ``--known FILE``, a report of before, a kernel is not compiled again that would be compiled from the same, by the
+same compiler, and read by the same code: what the file says of it is taken.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -16,22 +20,32 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import triton
 
-from benchmarks.arguments import needs_the_compiler, output_file
+from benchmarks.arguments import at_least_one, needs_the_compiler, output_file
 from benchmarks.bounds import GPUS, Prediction, predict, programs_at_once, warps_at_most
 from benchmarks.environment import environment
 from benchmarks.launches import DTYPES, TARGETS, Case, Launch, cases, launches
 from benchmarks.machine_code import Program, parse_gcn, parse_sass
 from benchmarks.progress import progress
-from cot_kernels.backends.triton import monoid
+from benchmarks.reports import read as read_report
+from cot_kernels.backends.triton import backend, monoid
+from cot_kernels.backends.triton import launch as launch_table
 
 # The kernels whose work grows with the classes, and how often they move a logit from or to device memory: reading it,
 # reading it and writing its gradient. The second read of value_and_gradient is from the L2 cache.
 MOVED = {"statistics": 1, "split": 1, "gradient": 2, "value_and_gradient": 2}
 STREAMING = tuple(MOVED)
+
+# What a row of the report follows from, beside its kernel: what is launched, with which arguments, and how it is read.
+_READERS = [
+    *(Path(__file__).parent / f"{name}.py" for name in ("bounds", "compile_report", "launches", "machine_code")),
+    *(Path(str(module.__file__)) for module in (backend, launch_table)),
+]
+
+Identity: TypeAlias = tuple[str, int, str]  # target, classes, and Triton's hash of a kernel
 
 
 @dataclass(frozen=True)
@@ -119,7 +133,8 @@ def bytes_of_a_row(launch: Launch) -> int:
 
 def work_of(case: Case, launch: Launch, program: Program, registers: int) -> dict[str, Any]:
     """What the instructions and resources of a kernel come to, a logit and a multiprocessor."""
-    target, warps, shared = case.target, launch.warps, launch.compiled.metadata.shared
+    about = launch.compiled.metadata
+    target, warps, shared = case.target, about.num_warps, about.shared
     programs = programs_at_once(target, registers, warps, shared)
     found: dict[str, Any] = {"shared_bytes": shared, "occupancy": programs * warps / warps_at_most(target)}
     given, itemsize = launch.arguments, DTYPES[case.dtype].itemsize
@@ -184,23 +199,29 @@ def promises_wide_access(case: Case, launch: Launch) -> bool:
     )
 
 
-_seen: set[tuple[str, int, str]] = set()
+_seen: set[Identity] = set()
+_known: set[str] = set()
 
 
-def report_on(case: Case) -> list[Report]:
-    """Of the kernels that no case of as many classes launched before, of those that came to this process."""
+def _knows(hashes: set[str]) -> None:
+    _known.update(hashes)
+
+
+def report_on(case: Case) -> list[tuple[str, Report | None]]:
+    """Of the kernels that no case of as many classes launched before, of those that came to this process: the hash, and
+    the report where it is not known."""
     reports = []
-    for launch in launches(case):
-        identity = (case.target, case.classes, launch.compiled.hash)
+    for launch in launches(case, _known):
+        identity = (case.target, case.classes, launch.hash)
         if identity not in _seen:
             _seen.add(identity)
-            reports.append(read(case, launch))
+            reports.append((launch.hash, read(case, launch) if launch.compiled is not None else None))
     return reports
 
 
 def read(case: Case, launch: Launch) -> Report:
     compiled = launch.compiled
-    identity = (case, launch.kernel, compiled.hash)
+    identity = (case, launch.kernel, launch.hash)
     promised = promises_wide_access(case, launch)
     narrow_offsets = len(re.findall(r"arith\.muli %num_rows[^:]*: i32", compiled.asm["ttir"]))
     if case.target.startswith("gfx"):
@@ -237,23 +258,43 @@ def read(case: Case, launch: Launch) -> Report:
     )
 
 
+def readers() -> str:
+    """A digest of the code that says what is launched and what is read."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in _READERS)).hexdigest()
+
+
+def known_from(file: Path | None) -> dict[Identity, dict[str, Any]]:
+    """The rows of a report, where they were read by the code that there is now."""
+    report = read_report(file) if file else {}
+    if report.get("readers") != readers():
+        return {}
+    return {(row["case"]["target"], row["case"]["classes"], row["hash"]): row for row in report["reports"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=TARGETS, action="append", help="only this target (may be repeated)")
     parser.add_argument("--output", type=output_file, help="file to write; standard output if not given")
+    parser.add_argument("--known", type=Path, help="a report of before: what is still so is taken from it")
+    parser.add_argument("--every", type=at_least_one, default=1, help="of the cases one in so many, for a sample")
     arguments = parser.parse_args()
     needs_the_compiler(parser)
-    wanted = [case for target in arguments.target or TARGETS for case in cases(target)]
-    found: dict[tuple[str, int, str], Report] = {}
-    with ProcessPoolExecutor(2) as pool, progress(len(wanted)) as advance:
+    try:
+        known = known_from(arguments.known)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    wanted = [case for target in arguments.target or TARGETS for case in cases(target)][:: arguments.every]
+    found: dict[Identity, dict[str, Any]] = {}
+    hashes = {hash for _, _, hash in known}
+    with ProcessPoolExecutor(2, None, _knows, (hashes,)) as pool, progress(len(wanted)) as advance:
         for case, reports in zip(wanted, pool.map(report_on, wanted, chunksize=4), strict=True):
             advance(case.target)
-            for report in reports:
-                found.setdefault(
-                    (case.target, case.classes, report.hash), report
-                )  # the other process may have seen it too
-    listed = ",\n".join(json.dumps(asdict(report)) for report in found.values())  # a kernel a line
-    text = f'{{"environment": {json.dumps(environment(1))},\n"reports": [\n{listed}\n]}}\n'
+            for hash, report in reports:  # the other process may have seen it too
+                identity = (case.target, case.classes, hash)
+                found.setdefault(identity, asdict(report) if report else known[identity])
+    listed = ",\n".join(json.dumps(row) for row in found.values())  # a kernel a line
+    about = f'"environment": {json.dumps(environment(1))},\n"readers": "{readers()}"'
+    text = f'{{{about},\n"reports": [\n{listed}\n]}}\n'
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(text)

@@ -7,15 +7,18 @@ pointers, 32 or 64 bits. It must run without TRITON_INTERPRET, which replaces th
 
 from __future__ import annotations
 
+import base64
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 from unittest import mock
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.runtime.cache import FileCacheManager
 from triton.runtime.driver import driver
 
 from cot_kernels.backends.triton import backend, launch
@@ -94,8 +97,8 @@ class Launch:
 
     kernel: str
     arguments: dict[str, Any]
-    warps: int
-    compiled: Any  # triton.compiler.CompiledKernel
+    hash: str  # Triton's, of all that it is compiled from, and of the compiler
+    compiled: Any  # triton.compiler.CompiledKernel; None of one that is known
 
 
 def cases(target: str) -> Iterator[Case]:
@@ -198,12 +201,37 @@ class _Compiling:
 
     def __getitem__(self, grid: tuple[int]) -> Any:
         def launch(*arguments: Any, **options: Any) -> None:
-            compiled = self.kernel.warmup(*arguments, grid=grid, **options)
             given = dict(zip(self.kernel.arg_names, arguments, strict=False)) | options
             name = self.kernel.__name__.removesuffix("_kernel")
-            self.found.append(Launch(name, given, compiled.metadata.num_warps, compiled))
+            try:
+                compiled = self.kernel.warmup(*arguments, grid=grid, **options)
+            except _KnownError as known:
+                self.found.append(Launch(name, given, known.hash, None))
+            else:
+                self.found.append(Launch(name, given, compiled.hash, compiled))
 
         return launch
+
+
+class _KnownError(Exception):
+    """A kernel need not be compiled."""
+
+    def __init__(self, hash: str) -> None:
+        super().__init__(hash)
+        self.hash = hash
+
+
+def _manager_that_knows(known: Collection[str]) -> type[FileCacheManager]:
+    """Of Triton's cache, which is asked for a kernel by its hash before it is compiled."""
+
+    class Manager(FileCacheManager):  # type: ignore[misc]
+        def __init__(self, key: str, *arguments: Any, **options: Any) -> None:
+            hash = base64.b32decode(key + "=" * (-len(key) % 8)).hex()
+            if hash in known:
+                raise _KnownError(hash)
+            super().__init__(key, *arguments, **options)
+
+    return Manager
 
 
 KERNELS = (
@@ -218,8 +246,9 @@ KERNELS = (
 
 
 @contextlib.contextmanager
-def compiled_for(instead: Driver) -> Iterator[list[Launch]]:
-    """What the backend launches meanwhile is compiled for a GPU that need not be there, and told."""
+def compiled_for(instead: Driver, known: Collection[str] = ()) -> Iterator[list[Launch]]:
+    """What the backend launches meanwhile is compiled for a GPU that need not be there, and told; of kernels whose hash
+    is known the hash alone."""
     found: list[Launch] = []
     replaced: dict[str, Any] = {name: _Compiling(getattr(backend, name), found) for name in KERNELS}
     hip = instead.target.backend == "hip"
@@ -229,12 +258,15 @@ def compiled_for(instead: Driver) -> Iterator[list[Launch]]:
             mock.patch.object(backend, "_capability", lambda _: 0 if hip else instead.target.arch // 10)
         )
         stack.enter_context(mock.patch.object(torch.version, "hip", "7" if hip else None))
+        if known:
+            stack.enter_context(knobs.cache.scope())
+            knobs.cache.manager_class = _manager_that_knows(known)
         driver.set_active(instead)  # for good: there may be no other to set back
         yield found
 
 
-def launches(case: Case) -> list[Launch]:
-    """The kernels that a call launches, in their order."""
-    with compiled_for(Driver(TARGETS[case.target], list(TARGETS).index(case.target))) as found:
+def launches(case: Case, known: Collection[str] = ()) -> list[Launch]:
+    """The kernels that a call launches, in their order; those whose hash is known are not compiled."""
+    with compiled_for(Driver(TARGETS[case.target], list(TARGETS).index(case.target)), known) as found:
         _call(case)
     return found

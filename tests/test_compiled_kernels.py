@@ -24,18 +24,60 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", params=TARGETS)
-def reports(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """Reports of every variant for one target, compiled in a process of its own: this one holds the interpreter."""
+COMMITTED = ROOT / "benchmarks" / "results" / "compile_report.json"
+
+
+def compile_report(*options: str) -> dict[str, Any]:
+    """In a process of its own: this one holds the interpreter."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.compile_report", "--target", request.param]
+    command = [sys.executable, "-m", "benchmarks.compile_report", *options]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     if "linker /opt/rocm" in run.stderr:
         pytest.skip("this Triton brings no linker for AMD GPUs")
     assert run.returncode == 0, run.stderr[-4000:]
-    found: list[dict[str, Any]] = json.loads(run.stdout)["reports"]
+    made: dict[str, Any] = json.loads(run.stdout)
+    return made
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def reports(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """Reports of every variant for one target, compiled as far as the committed report is not of what there is now."""
+    found: list[dict[str, Any]] = compile_report("--target", request.param, "--known", str(COMMITTED))["reports"]
     assert len(found) > 200 and {report["case"]["target"] for report in found} == {request.param}
     return found
+
+
+def identity(report: dict[str, Any]) -> tuple[str, int, str]:
+    return report["case"]["target"], report["case"]["classes"], report["hash"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_the_committed_report_knows_is_what_the_compiler_makes(target: str) -> None:
+    """A sample of it, compiled again."""
+    sample, committed = compile_report("--target", target, "--every", "35"), json.loads(COMMITTED.read_text())
+    assert sample["reports"]
+    if sample["readers"] != committed["readers"]:
+        pytest.skip("the report was read by other code: nothing is taken from it")
+    known = {identity(report): report for report in committed["reports"]}
+    compared = [(report, known[identity(report)]) for report in sample["reports"] if identity(report) in known]
+    if not compared:
+        pytest.skip("the report is of other kernels, or of another compiler: nothing is taken from it")
+    for report, before in compared:
+        assert report == before | {"case": report["case"]}
+
+
+def test_a_kernel_that_is_known_is_not_compiled_again(tmp_path: Path) -> None:
+    """But any other is, and one that is read by other code."""
+    case = ("--target", "sm_90", "--every", "1000")
+    made = compile_report(*case)
+    first, *others = made["reports"]
+    assert others
+    told = tmp_path / "known.json"
+    told.write_text(json.dumps({**made, "reports": [dict(first, registers=-7), *others[1:]]}))
+    again = compile_report(*case, "--known", str(told))
+    assert [report["registers"] for report in again["reports"]] == [-7, *(each["registers"] for each in others)]
+    told.write_text(json.dumps({**made, "readers": "others", "reports": [dict(first, registers=-7)]}))
+    assert compile_report(*case, "--known", str(told))["reports"] == made["reports"]
 
 
 def test_no_spills_and_no_stack(reports: list[dict[str, Any]]) -> None:
@@ -100,7 +142,7 @@ def test_kernels_keep_to_their_budgets(reports: list[dict[str, Any]]) -> None:
 
 def test_no_kernel_costs_more_than_in_the_committed_report(reports: list[dict[str, Any]]) -> None:
     """Budgets are of layouts; this is of every kernel, dtype, objective and number of classes, merges and folds too."""
-    committed = json.loads((ROOT / "benchmarks" / "results" / "compile_report.json").read_text())
+    committed = json.loads(COMMITTED.read_text())
     compiler = reports[0]["case"]["target"], importlib.metadata.version("triton")
     if compiler[1] != committed["environment"]["triton"]:
         pytest.skip(f"the report is of Triton {committed['environment']['triton']}, this is {compiler[1]}")

@@ -439,8 +439,8 @@ def test_times_of_fewer_methods_do_not_replace_those_of_more(tmp_path: Path) -> 
         (lambda folder: (folder / "runs.jsonl").mkdir(parents=True), "Is a directory"),
         (lambda folder: (folder.mkdir(), (folder / "data").touch()), "--output must be a folder"),
         (
-            lambda folder: ((folder / "data").mkdir(parents=True), (folder / "data" / "digits_40.pt").write_text("?")),
-            "digits_40.pt is no data of this study, remove it",
+            lambda folder: ((folder / "data").mkdir(parents=True), (folder / "data" / "digits_16.pt").write_text("?")),
+            "digits_16.pt is no data of this study, remove it",
         ),
         (lambda folder: (folder.mkdir(), (folder / "runs.jsonl").write_text("{")), "name another folder with --output"),
     ],

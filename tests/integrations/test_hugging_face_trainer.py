@@ -214,6 +214,7 @@ def test_shares_of_several_processes(
 
 
 DISTRIBUTED = """
+    import os
     import sys
     import torch
     import transformers
@@ -247,8 +248,9 @@ DISTRIBUTED = """
         trainer.train()
         if trainer.is_world_process_zero():
             torch.save((network.state_dict(), trainer.state.log_history, synchronised), f"{folder}/result.pt")
-        # Joins the threads of gloo, which may otherwise still ask for the interpreter when that has gone: an abort.
-        torch.distributed.destroy_process_group()
+        torch.distributed.barrier()
+        # Threads of gloo may still ask for the interpreter when that has gone, or end while they are joined: an abort.
+        os._exit(0)
 """
 
 
