@@ -41,7 +41,8 @@ def compile_report(*options: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", params=TARGETS)
 def reports(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """Reports of every variant for one target, compiled as far as the committed report is not of what there is now."""
+    """Reports of every variant for one target, compiled as far as the committed report is not of what there is now.
+    (Of gfx942 all are, but where the report was made: into AMD's hashes goes the path of the installation.)"""
     found: list[dict[str, Any]] = compile_report("--target", request.param, "--known", str(COMMITTED))["reports"]
     assert len(found) > 200 and {report["case"]["target"] for report in found} == {request.param}
     return found
