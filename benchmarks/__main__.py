@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if on_gpu:
         ahead = jobs(this_machine(device), [case.shape for case in cases], dtypes, providers)
     with progress(len(ahead) + len(cases) * len(dtypes) * len(providers)) as advance:
-        compile_all(ahead, advance)
+        compile_all(ahead, settings.deadline, advance)
         report = run(cases, dtypes, providers, settings, advance, save)
     print("\n".join(table(report["results"])))
     for name, reason in report["missing"].items():

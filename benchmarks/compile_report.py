@@ -200,18 +200,19 @@ def promises_wide_access(case: Case, launch: Launch) -> bool:
 
 
 _seen: set[Identity] = set()
-_known: set[str] = set()
+_known: set[Identity] = set()
 
 
-def _knows(hashes: set[str]) -> None:
-    _known.update(hashes)
+def _knows(identities: set[Identity]) -> None:
+    _known.update(identities)
 
 
 def report_on(case: Case) -> list[tuple[str, Report | None]]:
     """Of the kernels that no case of as many classes launched before, of those that came to this process: the hash, and
     the report where it is not known."""
     reports = []
-    for launch in launches(case, _known):
+    known = {hash for target, classes, hash in _known if (target, classes) == (case.target, case.classes)}
+    for launch in launches(case, known):
         identity = (case.target, case.classes, launch.hash)
         if identity not in _seen:
             _seen.add(identity)
@@ -285,8 +286,7 @@ def main() -> None:
         parser.error(str(error))
     wanted = [case for target in arguments.target or TARGETS for case in cases(target)][:: arguments.every]
     found: dict[Identity, dict[str, Any]] = {}
-    hashes = {hash for _, _, hash in known}
-    with ProcessPoolExecutor(2, None, _knows, (hashes,)) as pool, progress(len(wanted)) as advance:
+    with ProcessPoolExecutor(2, None, _knows, (set(known),)) as pool, progress(len(wanted)) as advance:
         for case, reports in zip(wanted, pool.map(report_on, wanted, chunksize=4), strict=True):
             advance(case.target)
             for hash, report in reports:  # the other process may have seen it too

@@ -92,7 +92,7 @@ def run(
     machine = this_machine(device)
     ahead = [Job(machine, shape_of(layout, classes), dtype, COT) for layout, classes, dtype in cases]
     with progress(len(ahead) + len(cases)) as advance:
-        compile_all(ahead, advance)
+        compile_all(ahead, deadline, advance)
         for case in cases:
             advance("{}, {} classes, {}".format(*case))
             about = dict(zip(("layout", "classes", "dtype"), case, strict=True))

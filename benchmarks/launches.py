@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 from unittest import mock
@@ -221,7 +221,7 @@ class _KnownError(Exception):
         self.hash = hash
 
 
-def _manager_that_knows(known: Collection[str]) -> type[FileCacheManager]:
+def _manager_that_knows(known: Container[str]) -> type[FileCacheManager]:
     """Of Triton's cache, which is asked for a kernel by its hash before it is compiled."""
 
     class Manager(FileCacheManager):  # type: ignore[misc]
@@ -246,7 +246,7 @@ KERNELS = (
 
 
 @contextlib.contextmanager
-def compiled_for(instead: Driver, known: Collection[str] = ()) -> Iterator[list[Launch]]:
+def compiled_for(instead: Driver, known: Container[str] = ()) -> Iterator[list[Launch]]:
     """What the backend launches meanwhile is compiled for a GPU that need not be there, and told; of kernels whose hash
     is known the hash alone."""
     found: list[Launch] = []
@@ -265,7 +265,7 @@ def compiled_for(instead: Driver, known: Collection[str] = ()) -> Iterator[list[
         yield found
 
 
-def launches(case: Case, known: Collection[str] = ()) -> list[Launch]:
+def launches(case: Case, known: Container[str] = ()) -> list[Launch]:
     """The kernels that a call launches, in their order; those whose hash is known are not compiled."""
     with compiled_for(Driver(TARGETS[case.target], list(TARGETS).index(case.target)), known) as found:
         _call(case)

@@ -182,9 +182,9 @@ class CaseRun:
         self.torch_dtype = DTYPES[dtype]
         self.size = case.logits_bytes(self.torch_dtype)
         self.buffers = timing.make_buffers(case, self.torch_dtype, settings.device)
-        self.truth = functools.cache(
-            lambda formula: correctness.truth(formula, self.buffers.logits[0], self.buffers.target[0])
-        )
+        logits, target = self.buffers.logits[0], self.buffers.target[0]
+        # It must not hold this object, whose buffers would then wait for the collector of reference cycles.
+        self.truth = functools.cache(lambda formula: correctness.truth(formula, logits, target))
 
     def row(self, provider: str, mode: str, **values: Any) -> Row:
         return Row(provider=provider, dtype=self.dtype, mode=mode, **about(self.case), **values)
@@ -228,8 +228,11 @@ class CaseRun:
                 self.buffers.refill()
         return Ready(provider, loss, errors, memory)
 
-    def launches(self, provider: Provider) -> int | None:
+    def launches(self, providers: Sequence[Provider]) -> dict[str, int | None]:
         """Of both passes; None where the machine's profiler does not see them."""
+        return {provider.name: self._launches(provider) for provider in providers}
+
+    def _launches(self, provider: Provider) -> int | None:
         try:
             step = timing.make_step(provider.load(), self.buffers, "both", UPSTREAMS[1])
             return resources.launches(lambda: step(0))
@@ -337,8 +340,8 @@ def run(
 ) -> dict[str, Any]:
     """The report: what is missing, the copy's bandwidth, and the rows. ``save`` is given it after every case, and last.
 
-    All cases in one dtype, then in the next: where time runs out, no case is missing in the first. On a GPU those that
-    are slow to get ready come after all others; on a CPU, where providers take turns, with them.
+    All cases in one dtype, then in the next: where time runs out, no case is missing in the first. On a GPU providers
+    that are slow to get ready come after the others of their dtype; on a CPU, where providers take turns, with them.
     """
     absent = missing(providers, settings.device)
     present = [provider for provider in providers if provider.name not in absent]
@@ -346,24 +349,15 @@ def run(
     rows: list[Row] = []
     report = {"missing": absent, "copy_bandwidth": copy, "results": rows}
     slow = [provider for provider in present if settings.on_gpu and provider.slow]
-    quick = [provider for provider in present if provider not in slow]
-    for turn, some in enumerate((quick, slow) if slow else (quick,)):
-        for dtype, case in itertools.product(dtypes, cases):
-            if time.monotonic() > settings.deadline:
-                late: dict[str, Any] = {"dtype": dtype, "status": "skipped", "message": LATE, **about(case)}
-                rows.extend([Row(COPY, mode=COPY, **late)] if turn == 0 else [])
-                rows.extend(Row(provider.name, mode="both", **late) for provider in some)
-                continue
-            try:
-                of_case = CaseRun(case, dtype, settings, copy["roof"])
-                rows.extend(of_case.copy() if turn == 0 else ())
-                # A compiled backward pass must be able to run again on what its forward pass saved.
-                with torch._functorch.config.patch(donated_buffer=False):
-                    rows.extend(of_case.rows(some, advance))
-            except torch.OutOfMemoryError as error:  # the logits themselves
-                text = message_of(error)
-                rows.append(Row(COPY, dtype=dtype, mode=COPY, status="failed", message=text, **about(case)))
-            save(report)
+    turns = [[provider for provider in present if provider not in slow], slow]
+    for dtype, (turn, some), case in itertools.product(dtypes, enumerate(turns if slow else turns[:1]), cases):
+        if time.monotonic() > settings.deadline:
+            late: dict[str, Any] = {"dtype": dtype, "status": "skipped", "message": LATE, **about(case)}
+            rows.extend([Row(COPY, mode=COPY, **late)] if turn == 0 else [])
+            rows.extend(Row(provider.name, mode="both", **late) for provider in some)
+            continue
+        rows.extend(_rows_of(case, dtype, some, settings, copy["roof"], turn == 0, advance))
+        save(report)
     names, providers_in_order = [case.name for case in cases], [COPY, *(provider.name for provider in present)]
     rows.sort(key=lambda row: (dtypes.index(row.dtype), names.index(row.case), providers_in_order.index(row.provider)))
     if settings.on_gpu:
@@ -371,6 +365,30 @@ def run(
         _count_launches(rows, cases, dtypes, present, settings)
     save(report)  # with the cases that there was no time for
     return report
+
+
+def _rows_of(
+    case: Case,
+    dtype: str,
+    providers: Sequence[Provider],
+    settings: Settings,
+    bandwidth: float,
+    with_copy: bool,
+    advance: Callable[[str], None],
+) -> list[Row]:
+    rows: list[Row] = []
+    try:
+        of_case = CaseRun(case, dtype, settings, bandwidth)
+        rows.extend(of_case.copy() if with_copy else ())
+        # A compiled backward pass must be able to run again on what its forward pass saved.
+        with torch._functorch.config.patch(donated_buffer=False):
+            rows.extend(of_case.rows(providers, advance))
+    except torch.OutOfMemoryError as error:  # the logits themselves, or what a copy is written to
+        failed: dict[str, Any] = {"dtype": dtype, "status": "failed", "message": message_of(error), **about(case)}
+        there = {row.provider for row in rows}
+        rows.extend([Row(COPY, mode=COPY, **failed)] if with_copy and COPY not in there else [])
+        rows.extend(Row(each.name, mode="both", **failed) for each in providers if each.name not in there)
+    return rows
 
 
 def _count_launches(
@@ -383,8 +401,8 @@ def _count_launches(
             timed = {row.provider for row in of_case if row.p50 is not None}
             if not timed or time.monotonic() > settings.deadline:
                 continue
-            run = CaseRun(case, dtype, settings, math.inf)
-            found = {each.name: run.launches(each) for each in providers if each.name in timed}
+            of_timed = [each for each in providers if each.name in timed]
+            found = CaseRun(case, dtype, settings, math.inf).launches(of_timed)
             for index, row in enumerate(rows):
                 if (row.case, row.dtype) == (case.name, dtype) and row.p50 is not None:
                     rows[index] = replace(row, launches=found.get(row.provider))

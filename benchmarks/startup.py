@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -53,15 +54,18 @@ print(json.dumps(seconds[1:]))
 
 # The kernels of the same call.
 _COMPILES = """
-import time, torch
+import json, time, torch
+from triton import knobs
 from benchmarks import ahead
 from benchmarks.launches import TARGETS
 from cot_kernels.backends.triton import backend
 torch.empty_like(torch.empty(1, device="meta"))  # imports what a tensor on a GPU does not need
 job = ahead.Job(ahead.Machine(TARGETS["sm_90"], 132), (128, 1000), "fp32", "complement_entropy")
+compiled = []
+knobs.compilation.listener = lambda cache_hit, **_: compiled.append(not cache_hit)
 start = time.perf_counter()
 ahead.compile_job(job)
-print(time.perf_counter() - start)
+print(json.dumps([time.perf_counter() - start, sum(compiled)]))
 """
 
 Variant = tuple[str | launch.Tile | int, ...]
@@ -108,17 +112,23 @@ def call_seconds(device: str, rounds: int) -> dict[str, float]:
 def compile_seconds(rounds: int) -> dict[str, float]:
     """Medians, with an empty cache of compiled kernels and with a full one, for an H100; after Triton is imported."""
     times: dict[str, list[float]] = {"empty": [], "full": []}
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     with progress(rounds) as advance:
         for _ in range(rounds):
             advance("compiling")
             with tempfile.TemporaryDirectory() as cache:
                 for found in times.values():
-                    command = [sys.executable, "-c", _COMPILES]
-                    environment["TRITON_CACHE_DIR"] = cache
-                    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-                    found.append(float(run.stdout))
+                    found.append(compiled_with(cache)[0])
     return {name: statistics.median(found) for name, found in times.items()}
+
+
+def compiled_with(cache: str) -> tuple[float, int]:
+    """Seconds until the kernels of a first call are there, and how many of them were compiled for that."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = cache
+    command = [sys.executable, "-c", _COMPILES]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    seconds, compiled = json.loads(run.stdout)
+    return seconds, compiled
 
 
 def specialization(number: int) -> str:
@@ -175,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     medians = {name: statistics.median(times) for name, times in import_seconds(options.rounds).items()}
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     calls = {device: call_seconds(device, min(CALL_ROUNDS, options.rounds)) for device in devices}
-    compiled = compile_seconds(min(CALL_ROUNDS, options.rounds))
+    compiled = compile_seconds(min(CALL_ROUNDS, options.rounds)) if find_spec("triton") else None
     counts = {
         dtype: {name: count(rows, torch_dtype.itemsize) for name, rows in ROWS.items()}
         for dtype, torch_dtype in DTYPES.items()
@@ -185,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "import_seconds": medians,
         "import_ratio": medians["cot_kernels"] / medians["torch"],
         "call_seconds": calls,
-        "compile_seconds": compiled,
+        **({"compile_seconds": compiled} if compiled else {}),
         "classes": [CLASSES[0], CLASSES[-1]],
         "rows": ROWS,
         "variants": counts,
@@ -193,7 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"import torch {medians['torch']:.2f} s, with cot_kernels {medians['cot_kernels']:.2f} s")
     for device, seconds in calls.items():
         print(f"{device}: " + ", ".join(f"{name} call {each * 1e3:.1f} ms" for name, each in seconds.items()))
-    print(f"kernels of a first call: compiled in {compiled['empty']:.2f} s, found in {compiled['full']:.2f} s")
+    if compiled:
+        print(f"kernels of a first call: compiled in {compiled['empty']:.2f} s, found in {compiled['full']:.2f} s")
     for dtype, found in counts.items():
         for name, kernels in found.items():
             print(f"{dtype}, {name} rows: {sum(kernels.values())} variants, {kernels}")

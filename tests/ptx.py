@@ -156,9 +156,10 @@ def _constant(operand: str, dtype: np.dtype[Any]) -> Array:
     """Of all threads: one number."""
     if operand == "global_smem":
         return np.zeros(1, dtype)
-    hexadecimal = re.fullmatch(r"0[fd]([0-9A-Fa-f]+)", operand)
-    bits = int(hexadecimal[1], 16) if hexadecimal else int(operand.rstrip("U"), 0)
-    constant = np.full(1, bits & ((1 << 8 * dtype.itemsize) - 1), _unsigned(dtype.itemsize)).view(dtype)
+    hexadecimal = re.fullmatch(r"0[fd]([0-9A-Fa-f]+)", operand)  # of a number, and as wide as that
+    mask = (1 << 8 * dtype.itemsize) - 1
+    bits = int(hexadecimal[1], 16) if hexadecimal else int(operand.rstrip("U"), 0) & mask
+    constant = np.full(1, bits, _unsigned(dtype.itemsize)).view(dtype)
     constant.flags.writeable = False
     return constant
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -295,9 +297,9 @@ def test_first_calls_are_timed_in_processes_of_their_own() -> None:
 
 @pytest.mark.compiler
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is built for Linux only")
-def test_kernels_of_a_first_call_are_compiled_once() -> None:
-    seconds = startup.compile_seconds(1)
-    assert seconds.keys() == {"empty", "full"} and min(seconds.values()) > 0
+def test_kernels_of_a_first_call_are_compiled_once(tmp_path: Path) -> None:
+    (empty, compiled), (full, again) = (startup.compiled_with(str(tmp_path)) for _ in range(2))
+    assert (compiled, again) == (3, 0) and min(empty, full) > 0
 
 
 def test_variants_tell_what_triton_specializes_on() -> None:
@@ -344,17 +346,34 @@ def test_one_dtype_is_measured_after_the_other() -> None:
     assert order == [(dtype, case.name) for dtype in ("bf16", "fp32") for case in cases]
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_on_a_gpu_those_that_are_slow_to_get_ready_come_last(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where time runs out, it is they that are missing; the rows are in the order of the cases."""
+class OnGpu(Settings):
+    """As on a GPU, where there is none: what would be timed is told a time."""
 
-    class OnGpu(Settings):
-        on_gpu = True  # type: ignore[assignment]
+    on_gpu = True  # type: ignore[assignment]
 
+
+ON_GPU = OnGpu(CPU, seconds=0.001, rounds=1, roof_bytes=1 << 16, deadline=0.5)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "_times", lambda steps, *_: {name: [1e-6] for name in steps})
     monkeypatch.setattr(timing, "graph_times", lambda *_: [1e-6])
     monkeypatch.setattr(runner.roof, "kernel_copy", lambda: runner.roof.library_copy)
     monkeypatch.setattr(resources, "launches", lambda step: 3)
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: 0.0))
+
+
+SLOW, FAST = (
+    dataclasses.replace(provider(F.cross_entropy, slow=name == "slow"), name=name) for name in ("slow", "fast")
+)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_on_a_gpu_those_that_are_slow_to_get_ready_come_last(
+    late: bool, as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each dtype. Where time runs out, it is they that are missing; the rows are in the order of the cases."""
     now = 0.0
     monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: now))
     said: list[str] = []
@@ -364,20 +383,57 @@ def test_on_a_gpu_those_that_are_slow_to_get_ready_come_last(late: bool, monkeyp
         said.append(text)
         now = float(late and len(said) >= 2)
 
-    slow, fast = (
-        dataclasses.replace(provider(F.cross_entropy, slow=name == "slow"), name=name) for name in ("slow", "fast")
-    )
-    settings = OnGpu(CPU, seconds=0.001, rounds=1, roof_bytes=1 << 16, deadline=0.5)
-    cases = (CASE, Case(4, 3))
-    rows = runner.run(cases, ["fp32"], [slow, fast], settings, advance, lambda _: None)["results"]
-    first, second = (case.name for case in cases)
-    names = [f"{first} fp32: fast", f"{second} fp32: fast", f"{first} fp32: slow", f"{second} fp32: slow"]
+    cases, dtypes = (CASE, Case(4, 3)), ("bf16", "fp32")
+    rows = runner.run(cases, dtypes, [SLOW, FAST], ON_GPU, advance, lambda _: None)["results"]
+    names = [f"{case.name} {dtype}: {name}" for dtype in dtypes for name in ("fast", "slow") for case in cases]
     assert said == (names[:2] if late else names)
-    assert list(dict.fromkeys((row.case, row.provider) for row in rows)) == [
-        (case, name) for case in (first, second) for name in (runner.COPY, "slow", "fast")
+    assert list(dict.fromkeys((row.dtype, row.case, row.provider) for row in rows)) == [
+        (dtype, case.name, name) for dtype in dtypes for case in cases for name in (runner.COPY, "slow", "fast")
     ]
-    assert [row.graph for row in rows if row.provider == runner.COPY] == [False, True] * 2
-    assert {row.status for row in rows if row.provider == "slow"} == {"skipped" if late else "ok"}
+    of_first = [row for row in rows if row.dtype == "bf16"]
+    assert [row.graph for row in of_first if row.provider == runner.COPY] == [False, True] * 2
+    assert {row.status for row in of_first if row.provider == "slow"} == {"skipped" if late else "ok"}
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+def test_logits_for_which_there_is_no_room_cost_those_whose_turn_it_is(
+    turn: int, as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, make = 0, timing.make_buffers
+
+    def full(*arguments: Any) -> timing.Buffers:
+        nonlocal calls
+        calls += 1
+        if calls == turn + 1:
+            raise torch.OutOfMemoryError("no room")
+        return make(*arguments)
+
+    monkeypatch.setattr(timing, "make_buffers", full)
+    rows = runner.run([CASE], ["fp32"], [SLOW, FAST], ON_GPU, lambda _: None, lambda _: None)["results"]
+    status = {name: {row.status for row in rows if row.provider == name} for name in (runner.COPY, "slow", "fast")}
+    first, second = ({"failed"}, {"ok"}) if turn == 0 else ({"ok"}, {"failed"})
+    assert status == {runner.COPY: first, "fast": first, "slow": second}
+
+
+def test_a_case_leaves_no_buffers(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To wait for the collector of reference cycles, which knows nothing of a GPU's memory, or for the next case."""
+    made: list[weakref.ref[timing.Buffers]] = []
+    make = timing.make_buffers
+
+    def watched(*arguments: Any) -> timing.Buffers:
+        assert [each() for each in made] == [None] * len(made)
+        buffers = make(*arguments)
+        made.append(weakref.ref(buffers))
+        return buffers
+
+    monkeypatch.setattr(timing, "make_buffers", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        runner.run([CASE, Case(4, 3)], ["fp32"], [SLOW, FAST], ON_GPU, lambda _: None, lambda _: None)
+    finally:
+        gc.enable()
+    assert len(made) == 6  # for two turns, and once more where launches are counted
 
 
 def test_launches_are_counted_of_what_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ def test_16_bit_logits_of_any_size(
     ("classes", "split"),
     some([(2, False), (40, False), (1000, False), (1003, False), (2056, False), (2501, True)], *SOME_WIDTHS),
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_negentropy_is_never_positive_and_vanishes_beside_a_wrong_class(
     dtype: torch.dtype, classes: int, split: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +109,7 @@ def test_a_negentropy_is_never_positive_and_vanishes_beside_a_wrong_class(
     error = (found - expected).abs()
     assert (error <= 3e-6 * expected.abs() + 1.5e-7).all()  # the rounding of a sum of 1 and little else
     alone = expected > -1e-12
-    left = 0 if dtype == torch.float32 else 2.0**-46 * wrong[alone].abs().amax(1).clamp(min=1)
+    left = 0 if dtype.itemsize > 2 else 2.0**-46 * wrong[alone].abs().amax(1).clamp(min=1)
     assert alone.sum() >= 6 and (error[alone] <= 0.01 * expected[alone].abs() + left + 1e-33).all()
 
 

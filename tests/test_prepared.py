@@ -57,7 +57,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, tuple[Any, ...
     for name in launches.KERNELS:
         monkeypatch.setattr(backend, name, Kernel(getattr(backend, name), found))
     monkeypatch.setattr(cot_kernels.autograd, "backend_for", lambda logits: backend)
-    monkeypatch.setattr(driver, "_active", launches.Driver("sm_90"))
+    monkeypatch.setattr(driver, "_active", launches.Driver(launches.TARGETS["sm_90"]))
     return found
 
 
@@ -131,7 +131,7 @@ def test_what_a_profiler_launched_is_not_kept(monkeypatch: pytest.MonkeyPatch) -
     with monkeypatch.context() as profiled:
         profiled.setattr(prepared.knobs.runtime, "launch_enter_hook", lambda metadata: None)
         launch_of_plain(-1, torch.zeros(2))
-    monkeypatch.setattr(driver, "_active", launches.Driver("sm_90"))
+    monkeypatch.setattr(driver, "_active", launches.Driver(launches.TARGETS["sm_90"]))
     for _ in range(2):
         launch_of_plain(-1, torch.zeros(2))
     assert [way for way, *_ in told] == ["first", "first", "again"]
