@@ -50,7 +50,7 @@ bench-cpu: $(VENV)/.installed  ## The benchmark suite on this CPU, and its pictu
 	$(BIN)/python -m benchmarks --device cpu --output benchmarks/results/cpu.json
 	$(BIN)/python -m benchmarks.plots benchmarks/results/cpu.json --output docs/performance --prefix cpu_
 
-bench-gpu:  ## The benchmark suite on this GPU, in two parts of less than ten minutes, with whatever Python is active
+bench-gpu:  ## The benchmark suite on this GPU, in two parts that start nothing after nine minutes, with whatever Python is active
 	$(PYTHON) -m benchmarks --device cuda --dtype bf16 --output benchmarks/results/gpu_bf16.json
 	$(PYTHON) -m benchmarks --device cuda --dtype fp32 --dtype fp16 --output benchmarks/results/gpu_fp32_fp16.json
 	$(PYTHON) -m benchmarks.kernels --output benchmarks/results/gpu_kernels.json --figure docs/performance/gpu_kernels.png
