@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import __main__ as suite
-from benchmarks import correctness, growth, host, kernels, linear, resources, runner, startup, timing
+from benchmarks import correctness, resources, runner, startup, timing
 from benchmarks.cases import DTYPES, PARTS, Case
 from benchmarks.providers import PROVIDERS, Provider
 from benchmarks.runner import Row, Settings
@@ -269,54 +269,6 @@ def test_truth_is_the_formula_in_float64() -> None:
     assert len(true.picked) == correctness.ROWS
 
 
-def test_growth_measures_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
-    monkeypatch.setattr(growth, "SIZES", (10, 30))
-    output, figure = tmp_path / "growth.json", tmp_path / "growth.png"
-    growth.main(["--output", str(output), "--figure", str(figure), "--threads", "1", "--seconds", "0.001"])
-    measured = json.loads(output.read_text())["results"]
-    assert [(row["along"], row["rows"], row["classes"]) for row in measured[:: len(growth.LOSSES)]] == [
-        ("rows", 10, 100), ("rows", 30, 100), ("classes", 100, 10), ("classes", 100, 30),
-    ]  # fmt: skip
-    assert figure.read_bytes()[1:4] == b"PNG"
-
-
-def test_variants_stay_few() -> None:
-    """Of each kernel, whatever the number of classes: the committed count, here over one number in 97."""
-    report = json.loads((Path(startup.__file__).parent / "results" / "startup.json").read_text())
-    for name, rows in startup.ROWS.items():
-        some = startup.count(rows, 2, range(2, 300_001, 97))
-        for kernel, number in some.items():
-            assert number <= report["variants"]["bf16"][name][kernel] <= 80, (name, kernel)
-
-
-def test_first_calls_are_timed_in_processes_of_their_own() -> None:
-    seconds = startup.call_seconds("cpu", 1)
-    assert seconds.keys() == {"first", "second"} and min(seconds.values()) > 0
-
-
-@pytest.mark.compiler
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton is built for Linux only")
-def test_kernels_of_a_first_call_are_compiled_once(tmp_path: Path) -> None:
-    (empty, compiled), (full, again) = (startup.compiled_with(str(tmp_path)) for _ in range(2))
-    assert (compiled, again) == (3, 0) and min(empty, full) > 0
-
-
-def test_variants_tell_what_triton_specializes_on() -> None:
-    assert [startup.specialization(number) for number in (1, 17, 32, 2**31, 2**31 + 1)] == [
-        "1", "32", "32D", "64D", "64",
-    ]  # fmt: skip
-
-
-def test_linear_losses_are_measured_and_checked(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = linear.measure((16, 8, 50), CPU, threads=1, rounds=1, seconds=0.0)
-    status = {row["provider"]: row["status"] for row in rows}
-    assert status["Liger fused_linear_cross_entropy"] == status["cut_cross_entropy"] == "missing"
-    ours = [row for row in rows if row["provider"].startswith("linear_")]
-    assert [row["status"] for row in ours] == ["ok", "ok"]
-    assert all(row["error"] < 1e-5 and row["times"] > 0 for row in ours)
-
-
 def test_nothing_is_started_after_the_deadline() -> None:
     settings = dataclasses.replace(SETTINGS, deadline=0.0)
     found = runner.run([CASE], ["fp32"], [provider(F.cross_entropy)], settings, lambda _: None, lambda _: None)
@@ -457,76 +409,6 @@ def test_launches_are_counted_of_what_was_timed(monkeypatch: pytest.MonkeyPatch)
     runner._count_launches(rows, [CASE], ["fp32"], [right, wrong], SETTINGS)
     assert counted == ["once"]
     assert {(row.provider, row.launches) for row in rows} == {(runner.COPY, None), ("measured", 7), ("wrong", None)}
-
-
-def test_what_a_call_costs_the_host(tmp_path: Path) -> None:
-    output = tmp_path / "host.json"
-    host.main(["--device", "cpu", "--seconds", "0.001", "--output", str(output)])
-    rows = json.loads(output.read_text())["results"]
-    assert [row["loss"] for row in rows] == [*host.LOSSES] * len(host.PROBLEMS)
-    assert all(row["forward"] > 0 and row["both"] > 0 for row in rows)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_kernels_are_timed_on_a_gpu_only(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        kernels.main([])
-    assert "measures a GPU, and PyTorch sees none here" in capsys.readouterr().err
-
-
-def test_kernels_have_as_many_logits_whatever_the_classes() -> None:
-    for layout, widths in kernels.LAYOUTS.items():
-        for classes in widths:
-            shape = kernels.shape_of(layout, classes)
-            assert shape[1] == classes and 0.8 < torch.Size(shape).numel() / kernels.LOGITS <= 1.0, shape
-
-
-def test_linear_losses_after_the_deadline_are_skipped() -> None:
-    rows = linear.measure((16, 8, 50), CPU, threads=1, rounds=1, seconds=0.0, deadline=0.0)
-    assert [row["provider"] for row in rows] == [linear.PRODUCTS, *linear.PROVIDERS]
-    assert {row["status"] for row in rows} == {"skipped"} and {row["message"] for row in rows} == {linear.LATE}
-
-
-def test_a_linear_loss_that_fails_late_costs_its_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = 0
-
-    def late(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls > 2:
-            raise torch.OutOfMemoryError("late")
-        return F.cross_entropy(F.linear(input, weight), target)
-
-    monkeypatch.setattr(linear, "PROVIDERS", {"late": (lambda: late, F.cross_entropy, False)})
-    monkeypatch.setattr(linear, "cpu_peak", lambda *_: 0)
-    monkeypatch.setattr(linear.multiprocessing, "get_context", lambda _: Inline())
-    products, row = linear.measure((16, 8, 50), CPU, threads=1, rounds=2, seconds=0.0)
-    assert (row["status"], row["message"]) == ("failed", "OutOfMemoryError: late")
-    assert products["times"] == 1
-
-
-class Inline:
-    """A pool of processes that is this one."""
-
-    def Pool(self, _: int) -> Inline:
-        return self
-
-    def __enter__(self) -> Inline:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def apply(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        return function(*arguments)
-
-
-def test_a_wrong_linear_loss_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = (lambda: lambda input, weight, target: F.cross_entropy(input @ weight.t(), target) * 1.01,
-             F.cross_entropy, False)  # fmt: skip
-    monkeypatch.setattr(linear, "PROVIDERS", {"wrong": wrong})
-    _, row = linear.measure((16, 8, 50), CPU, threads=1, rounds=1, seconds=0.0)
-    assert row["status"] == "wrong" and "times" not in row
 
 
 def test_the_cases_run_under_pytest_benchmark() -> None:
