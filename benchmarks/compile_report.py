@@ -284,6 +284,8 @@ def main() -> None:
         known = known_from(arguments.known)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    except (LookupError, TypeError, AttributeError) as error:
+        parser.error(f"{arguments.known} is no report of this program: {type(error).__name__}: {error}")
     wanted = [case for target in arguments.target or TARGETS for case in cases(target)][:: arguments.every]
     found: dict[Identity, dict[str, Any]] = {}
     with ProcessPoolExecutor(2, None, _knows, (set(known),)) as pool, progress(len(wanted)) as advance:

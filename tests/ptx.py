@@ -4,8 +4,8 @@ Triton's interpreter shows that a kernel's Python is right. It contracts no mult
 trusts no promise of alignment; the compiler does. Here all threads of a grid go through the compiled code together, a
 NumPy array a register. An access that is not aligned to its width, or that touches no allocation, is an error.
 
-Only what these kernels compile to is known (:mod:`ptx_code`): another instruction is an error too. Threads that have gone
-different ways meet again where the threads of a warp, or of a program, wait for each other.
+Only what these kernels compile to is known (:mod:`ptx_code`): another instruction is an error too. Threads that have
+gone different ways meet again where the threads of a warp, or of a program, wait for each other.
 """
 
 from __future__ import annotations

@@ -27,6 +27,14 @@ pytestmark = [
 COMMITTED = ROOT / "benchmarks" / "results" / "compile_report.json"
 
 
+# It goes no further than the reports that it is given.
+REFUSED = """
+from benchmarks import compile_report
+compile_report.cases = lambda target: print("nothing known") or exit()
+compile_report.main()
+"""
+
+
 def compile_report(*options: str) -> dict[str, Any]:
     """In a process of its own: this one holds the interpreter."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -79,6 +87,21 @@ def test_a_kernel_that_is_known_is_not_compiled_again(tmp_path: Path) -> None:
     assert [report["registers"] for report in again["reports"]] == [-7, *(each["registers"] for each in others)]
     told.write_text(json.dumps({**made, "readers": "others", "reports": [dict(first, registers=-7)]}))
     assert compile_report(*case, "--known", str(told))["reports"] == made["reports"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("?", "holds no JSON"), ("[1]", "is no report"), ('{"readers": 1}', ""), (None, "No such file")],
+)
+def test_what_is_no_report_is_refused(content: str | None, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "known.json"
+    if content is not None:
+        file.write_text(content)
+    command = [sys.executable, "-c", REFUSED, "--target", "sm_90", "--known", str(file)]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (2, "") if said else (0, "nothing known\n"), run.stderr[-2000:]
+    assert said in run.stderr and "Traceback" not in run.stderr
 
 
 def test_a_kernel_is_known_for_the_classes_that_were_reported(tmp_path: Path) -> None:
