@@ -12,7 +12,7 @@ from benchmarks import goals
 from benchmarks.bounds import GPUS, both_passes
 from benchmarks.cases import DTYPES
 from benchmarks.reports import read
-from examples.demo import markdown_table
+from examples.demo_report import markdown_table
 
 ROOT = Path(__file__).parents[1]
 CPU_RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"

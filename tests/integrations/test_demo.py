@@ -20,7 +20,7 @@ import torch
 for package in ("transformers", "torchmetrics", "rich", "matplotlib"):
     pytest.importorskip(package)
 try:
-    from examples import demo
+    from examples import demo, demo_report
 except ModuleNotFoundError:
     pytest.skip("needs Lightning", allow_module_level=True)
 
@@ -107,10 +107,10 @@ def test_a_quick_run(tmp_path: Path) -> None:
     lines = run.stdout.splitlines()
     finished = [line.split()[0] for line in lines if "test accuracy" in line]
     assert finished == [f"{number}/8" for number in range(1, 9)]  # without a terminal, a line per run
-    for row in demo.table_rows(results):
+    for row in demo_report.table_rows(results):
         # Headings may be broken over lines, rows may not.
         assert row[0] == "method" or any(re.search(r"\s+".join(map(re.escape, row)), line) for line in lines)
-    assert " ".join(demo.conclusion(results).split()) in " ".join(run.stdout.split())
+    assert " ".join(demo_report.conclusion(results).split()) in " ".join(run.stdout.split())
 
 
 @needs_demo_packages
@@ -205,7 +205,7 @@ def test_measure_against_definitions() -> None:
 
 
 def test_markdown_table(results: dict[str, Any]) -> None:
-    assert demo.markdown_table(results).splitlines() == [
+    assert demo_report.markdown_table(results).splitlines() == [
         "| method | accuracy, % | macro-F1, % | negative log-likelihood | complement entropy, nats | seconds |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
         "| cross-entropy | 91.0 ± 1.4 | 50.0 ± 0.0 | 0.300 ± 0.000 | 1.250 ± 0.000 | 10 ± 0 |",
@@ -213,22 +213,22 @@ def test_markdown_table(results: dict[str, Any]) -> None:
         "| two-step COT | 94.5 ± 0.7 | 50.0 ± 0.0 | 0.350 ± 0.071 | 1.250 ± 0.000 | 10 ± 0 |",
         "| two-step CE | 91.5 ± 0.7 | 50.0 ± 0.0 | 0.300 ± 0.000 | 1.250 ± 0.000 | 10 ± 0 |",
     ]
-    assert "| two-step COT | 94.0 | 50.0 | 0.400 | 1.250 | 10 |" in demo.markdown_table(one_seed(results))
+    assert "| two-step COT | 94.0 | 50.0 | 0.400 | 1.250 | 10 |" in demo_report.markdown_table(one_seed(results))
 
 
 def test_conclusion_follows_the_figures(results: dict[str, Any]) -> None:
-    text = demo.conclusion(results)
+    text = demo_report.conclusion(results)
     assert text.startswith("Highest mean accuracy: 94.5 % (two-step COT).")
     assert "seed by seed, two-step COT has +3.0 points of accuracy (beyond its spread, ± 1.4)" in text
     assert "+0.050 nats of negative log-likelihood (within its spread, ± 0.071)" in text
     assert "2 seeds on one small data set" in text
     for run in results["runs"]:
         run["accuracy"] = 0.8 if run["method"] == "two_step_cot" else 0.95
-    text = demo.conclusion(results)
+    text = demo_report.conclusion(results)
     assert text.startswith("Highest mean accuracy: 95.0 % (cross-entropy, one-step CCE, two-step CE).")
     assert "-15.0 points of accuracy" in text
-    assert "its spread" not in demo.conclusion(one_seed(results))
-    assert "One seed shows no spread" in demo.conclusion(one_seed(results))
+    assert "its spread" not in demo_report.conclusion(one_seed(results))
+    assert "One seed shows no spread" in demo_report.conclusion(one_seed(results))
 
 
 def test_figure_shows_the_results(results: dict[str, Any], tmp_path: Path) -> None:
