@@ -67,7 +67,7 @@ def kernels(job: Job, known: Container[str] = ()) -> list[Launch]:
     """Calls the loss on logits without data, and compiles where it would launch, but for what is known."""
     from benchmarks.launches import Driver, compiled_for  # Triton: only where there is a GPU
     from cot_kernels import autograd, functional
-    from cot_kernels.backends.triton import backend
+    from cot_kernels.backends.triton import backend, layout
 
     def both_passes(logits: Tensor, target: Tensor, *arguments: Any) -> Tensor:
         loss, saved = backend.loss(logits, target, *arguments)
@@ -79,7 +79,7 @@ def kernels(job: Job, known: Container[str] = ()) -> list[Launch]:
     target = torch.empty(job.shape[:1] + job.shape[2:], dtype=torch.int64, device="meta")
     with (
         compiled_for(Driver(job.machine.target), known) as launched,
-        mock.patch.object(backend, "_multiprocessors", lambda _: job.machine.multiprocessors),
+        mock.patch.object(layout, "multiprocessors", lambda _: job.machine.multiprocessors),
         mock.patch.object(functional, "_eager", lambda *_: True),
         mock.patch.object(autograd, "row_loss", both_passes),
     ):

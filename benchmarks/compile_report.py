@@ -33,6 +33,7 @@ from benchmarks.progress import progress
 from benchmarks.reports import read as read_report
 from cot_kernels.backends.triton import backend, monoid
 from cot_kernels.backends.triton import launch as launch_table
+from cot_kernels.backends.triton import layout as memory_layout
 
 # The kernels whose work grows with the classes, and how often they move a logit from or to device memory: reading it,
 # reading it and writing its gradient. The second read of value_and_gradient is from the L2 cache.
@@ -42,7 +43,7 @@ STREAMING = tuple(MOVED)
 # What a row of the report follows from, beside its kernel: what is launched, with which arguments, and how it is read.
 _READERS = [
     *(Path(__file__).parent / f"{name}.py" for name in ("bounds", "compile_report", "launches", "machine_code")),
-    *(Path(str(module.__file__)) for module in (backend, launch_table)),
+    *(Path(str(module.__file__)) for module in (backend, launch_table, memory_layout)),
 ]
 
 Identity: TypeAlias = tuple[str, int, str]  # target, classes, and Triton's hash of a kernel

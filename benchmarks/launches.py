@@ -22,6 +22,7 @@ from triton.runtime.cache import FileCacheManager
 from triton.runtime.driver import driver
 
 from cot_kernels.backends.triton import backend, launch
+from cot_kernels.backends.triton import layout as memory_layout
 from cot_kernels.backends.triton.prepared import Plans
 from cot_kernels.objectives import (
     ComplementEntropyObjective,
@@ -255,7 +256,7 @@ def compiled_for(instead: Driver, known: Container[str] = ()) -> Iterator[list[L
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(backend, forward_plans=Plans(), gradient_plans=Plans(), **replaced))
         stack.enter_context(
-            mock.patch.object(backend, "_capability", lambda _: 0 if hip else instead.target.arch // 10)
+            mock.patch.object(memory_layout, "_capability", lambda _: 0 if hip else instead.target.arch // 10)
         )
         stack.enter_context(mock.patch.object(torch.version, "hip", "7" if hip else None))
         if known:

@@ -15,7 +15,7 @@ from triton import knobs
 from triton.runtime.driver import driver
 
 from benchmarks.launches import KERNELS, TARGETS, Driver
-from cot_kernels.backends.triton import backend
+from cot_kernels.backends.triton import backend, layout
 
 
 class Emulated:
@@ -76,6 +76,6 @@ def install(target: str) -> None:
     if hasattr(knobs.runtime, "add_stages_inspection_hook"):  # from Triton 3.5 on
         knobs.runtime.add_stages_inspection_hook = _without_assembler
     driver.set_active(Driver(TARGETS[target]))
-    setattr(backend, "_pairs", lambda device: target == "sm_100")  # noqa: B010
+    setattr(layout, "_pairs", lambda device: target == "sm_100")  # noqa: B010
     for name in KERNELS:
         setattr(backend, name, Emulated(getattr(backend, name)))

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.launches import CLASSES
-from cot_kernels.backends.triton import backend, launch
-from cot_kernels.backends.triton.backend import _tile
+from cot_kernels.backends.triton import launch, layout
 from cot_kernels.backends.triton.launch import Tile
 
 SHORT, LONG = 1000, 4096
@@ -22,9 +21,9 @@ def matrix(classes: int, dtype: torch.dtype = torch.float32, stride: int | None 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_rows_on_a_boundary_are_promised(dtype: torch.dtype) -> None:
     in_16_bytes = 16 // dtype.itemsize
-    assert _tile(matrix(SHORT, dtype)).align == in_16_bytes
-    assert _tile(matrix(SHORT, dtype), matrix(SHORT, dtype)).align == in_16_bytes
-    assert _tile(matrix(LONG, dtype)).align == in_16_bytes
+    assert layout.tile(matrix(SHORT, dtype)).align == in_16_bytes
+    assert layout.tile(matrix(SHORT, dtype), matrix(SHORT, dtype)).align == in_16_bytes
+    assert layout.tile(matrix(LONG, dtype)).align == in_16_bytes
 
 
 @pytest.mark.parametrize(
@@ -33,21 +32,23 @@ def test_rows_on_a_boundary_are_promised(dtype: torch.dtype) -> None:
     ids=["off a boundary", "odd stride", "odd number of classes", "odd number of classes, even stride"],
 )
 def test_short_rows_off_a_boundary_are_read_from_the_one_before(logits: Tensor) -> None:
-    tile = _tile(logits)
+    tile = layout.tile(logits)
     assert tile.align == 1 and tile.heads
     assert tile.overhang == 3 and tile.block >= min(logits.shape[1] + 3, 1024)
     other = torch.empty_strided(logits.shape, (logits.stride(0) + 1, 1))
-    assert not _tile(logits, other).heads  # a gradient that begins elsewhere is written as it comes
+    assert not layout.tile(logits, other).heads  # a gradient that begins elsewhere is written as it comes
 
 
 def test_long_rows_need_equal_heads_in_logits_and_gradient() -> None:
     odd = matrix(50257)
-    assert _tile(odd).align == 4  # alone, each row finds its own boundary
-    assert _tile(odd, matrix(50257)).align == 4
-    assert _tile(odd, matrix(50257, stride=50258)).align == 1
-    assert _tile(odd, matrix(50257, offset=1)).align == 1
-    assert _tile(matrix(SHORT), matrix(SHORT, stride=SHORT + 2)).align == 1
-    assert _tile(matrix(SHORT), matrix(SHORT, stride=SHORT + 4)).align == 4  # as far from a boundary, if elsewhere
+    assert layout.tile(odd).align == 4  # alone, each row finds its own boundary
+    assert layout.tile(odd, matrix(50257)).align == 4
+    assert layout.tile(odd, matrix(50257, stride=50258)).align == 1
+    assert layout.tile(odd, matrix(50257, offset=1)).align == 1
+    assert layout.tile(matrix(SHORT), matrix(SHORT, stride=SHORT + 2)).align == 1
+    assert (
+        layout.tile(matrix(SHORT), matrix(SHORT, stride=SHORT + 4)).align == 4
+    )  # as far from a boundary, if elsewhere
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -59,10 +60,10 @@ def test_a_gradient_begins_as_far_from_a_boundary_as_its_logits(classes: int, dt
     for stride in (0, *range(classes, classes + 2 * per_access)):
         for offset in (0, 1, per_access - 1, per_access):
             logits = matrix(classes, dtype, max(stride, 1), offset) if stride else matrix(classes, dtype).expand(4, -1)
-            gradient = backend._gradient_like(logits)
+            gradient = layout.gradient_like(logits)
             assert gradient.shape == logits.shape and gradient.stride(1) == 1
-            assert _tile(logits, gradient).align == _tile(logits).align
-            assert _tile(logits, gradient).heads == _tile(logits).heads or classes <= 4 * per_access
+            assert layout.tile(logits, gradient).align == layout.tile(logits).align
+            assert layout.tile(logits, gradient).heads == layout.tile(logits).heads or classes <= 4 * per_access
             assert classes <= gradient.stride(0) < classes + boundary // dtype.itemsize
             assert (gradient.stride(0) - logits.stride(0)) * dtype.itemsize % boundary == 0 or logits.is_contiguous()
             assert gradient.untyped_storage().nbytes() <= boundary + 4 * gradient.stride(0) * dtype.itemsize
@@ -80,14 +81,14 @@ def test_a_gradient_lies_as_dense_logits_do() -> None:
         wide[:, :0].movedim(2, 1),
         wide[:0].movedim(2, 1),
     ):
-        gradient = backend._gradient_like(logits)
+        gradient = layout.gradient_like(logits)
         assert gradient.is_contiguous() == logits.is_contiguous()
         for expected, stride, size in zip(
             torch.empty_like(logits).stride(), gradient.stride(), logits.shape, strict=True
         ):
             assert expected == stride or size == 1, logits.stride()
     sliced = tokens[:, :, :21].permute(1, 2, 0)  # (4, 21, 6), rows 30 apart, and 120 where the batch goes on
-    assert backend._gradient_like(sliced).stride() == (22, 1, 88)
+    assert layout.gradient_like(sliced).stride() == (22, 1, 88)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -103,10 +104,12 @@ def test_tiles_of_long_gradients_begin_on_cache_lines(dtype: torch.dtype) -> Non
         (50304 + line // 2, 0, False),
     ):
         logits = memory.as_strided((4, 50000), (stride, 1), begin + offset)
-        assert _tile(logits).long and _tile(logits).overhang == (16 // dtype.itemsize - 1 if offset == 1 else 0)
-        assert _tile(logits, logits).overhang == (0 if lined else line - 1)
+        assert layout.tile(logits).long and layout.tile(logits).overhang == (
+            16 // dtype.itemsize - 1 if offset == 1 else 0
+        )
+        assert layout.tile(logits, logits).overhang == (0 if lined else line - 1)
     planes = memory.as_strided((1, 50000, 2), (50304, 1, 1), begin)
-    assert _tile(planes, planes).overhang == line - 1
+    assert layout.tile(planes, planes).overhang == line - 1
 
 
 @pytest.mark.parametrize("warp", [32, 64])
@@ -129,7 +132,7 @@ def test_short_rows_of_16_bits_are_narrow() -> None:
     """But for few classes that begin anywhere, and rows side by side."""
     bfloat16 = torch.bfloat16
     for logits in (matrix(40, bfloat16), matrix(1000, bfloat16), matrix(1001, bfloat16), matrix(1000, torch.float16)):
-        assert _tile(logits).narrow
+        assert layout.tile(logits).narrow
     others = (
         matrix(32, bfloat16),
         matrix(57, bfloat16),
@@ -137,7 +140,7 @@ def test_short_rows_of_16_bits_are_narrow() -> None:
         torch.zeros(2, 21, 48, dtype=bfloat16),
         matrix(1000),
     )
-    assert not any(_tile(each).narrow for each in others)
+    assert not any(layout.tile(each).narrow for each in others)
     amd = launch.choose_tile(1000, 2, classes_adjoin=True, rows_aligned=True, head_aligned=True, warp=64)
     assert not amd.narrow
 
@@ -145,8 +148,8 @@ def test_short_rows_of_16_bits_are_narrow() -> None:
 @pytest.mark.parametrize(("capability", "packs"), [(7, False), (8, True), (10, True)])
 def test_no_pairs_before_compute_capability_8(capability: int, packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no instruction that compares two numbers of 16 bits."""
-    monkeypatch.setattr(backend, "_capability", lambda device: capability)
-    assert _tile(matrix(SHORT, torch.float16)).narrow == packs
+    monkeypatch.setattr(layout, "_capability", lambda device: capability)
+    assert layout.tile(matrix(SHORT, torch.float16)).narrow == packs
 
 
 def test_rows_are_padded_as_far_as_their_storage_goes() -> None:
@@ -154,20 +157,20 @@ def test_rows_are_padded_as_far_as_their_storage_goes() -> None:
     for stride, classes, behind, padded in ((8, 5, 3, 8), (8, 5, 2, 5), (8, 8, 0, 8), (7, 5, 9, 5), (8, 3, 5, 4)):
         storage = torch.zeros(3 * stride + classes + behind)
         logits = storage.as_strided((4, classes), (stride, 1))
-        assert backend._with_padding(logits).shape == (4, padded), (stride, classes, behind)
-        assert backend._with_padding(logits[1:]).shape == (3, padded)
-    assert backend._with_padding(torch.zeros(0, 5)).shape[0] == 0
+        assert layout.with_padding(logits).shape == (4, padded), (stride, classes, behind)
+        assert layout.with_padding(logits[1:]).shape == (3, padded)
+    assert layout.with_padding(torch.zeros(0, 5)).shape[0] == 0
 
 
 def test_an_inner_dimension_promises_nothing_to_short_rows() -> None:
     logits = torch.zeros(2, 3, 8).as_strided((2, 8, 3), (24, 1, 8))
-    assert _tile(logits).align == 1
+    assert layout.tile(logits).align == 1
 
 
 def test_rows_side_by_side_are_read_together_from_a_boundary_on() -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         dense = torch.zeros(2, 21, 48, dtype=dtype)
-        assert _tile(dense).rows == _tile(dense, dense).rows == 128 * (16 // dtype.itemsize)
+        assert layout.tile(dense).rows == layout.tile(dense, dense).rows == 128 * (16 // dtype.itemsize)
     odd = (
         torch.zeros(2, 21, 40),  # a multiple of 8: Triton looks for 16
         torch.zeros(1 + 2 * 21 * 48)[1:].view(2, 21, 48),
@@ -175,8 +178,8 @@ def test_rows_side_by_side_are_read_together_from_a_boundary_on() -> None:
         torch.zeros(2, 21, 50)[:, :, :48],
     )
     for logits in odd:
-        assert _tile(logits).plane
-        assert _tile(torch.zeros(logits.shape), logits).plane
+        assert layout.tile(logits).plane
+        assert layout.tile(torch.zeros(logits.shape), logits).plane
 
 
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
@@ -203,8 +206,8 @@ def test_classes_that_do_not_adjoin_take_their_stride(other: int) -> None:
     apart = apart[:, :1].expand(4, 2500) if other == 0 else apart[:, ::2]
     dense = torch.zeros(4, 2500)
     for tensors in ((apart, dense), (dense, apart)):
-        assert _tile(*tensors).lanes == 1
-    assert _tile(dense, dense).lanes > 1
+        assert layout.tile(*tensors).lanes == 1
+    assert layout.tile(dense, dense).lanes > 1
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64, 263, 265, 10**6])
@@ -234,7 +237,7 @@ def test_turns(rows: int, tiles: int) -> None:
 @pytest.mark.parametrize("rows", [1, 10**3, 10**5, 10**7])
 @pytest.mark.parametrize("classes", [8, 33, 1000, 1001, 4096, 50257])
 def test_rows_in_turn_leave_enough_warps(rows: int, classes: int) -> None:
-    tile = _tile(matrix(classes, torch.bfloat16))
+    tile = layout.tile(matrix(classes, torch.bfloat16))
     turns = launch.choose_row_turns(tile, rows, 132)
     assert 1 <= turns <= tile.turns <= 32
     assert turns == 1 or -(-rows // (turns * tile.rows)) * tile.warps >= 125 * 132
@@ -277,10 +280,10 @@ def test_tiles_of_short_rows(aligned: bool, warp: int, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("odd", [False, True])
 def test_the_compiler_report_has_every_number_of_lanes(odd: bool) -> None:
     """With the most pieces, and with the fewest."""
-    reported = {_tile(matrix(classes, torch.bfloat16)) for classes in CLASSES["short, odd" if odd else "short"]}
+    reported = {layout.tile(matrix(classes, torch.bfloat16)) for classes in CLASSES["short, odd" if odd else "short"]}
     pieces: dict[int, set[int]] = {}
     for classes in range(9, 2042, 2) if odd else range(8, 2049, 8):
-        tile = _tile(matrix(classes, torch.bfloat16))
+        tile = layout.tile(matrix(classes, torch.bfloat16))
         assert not tile.long and tile.heads == odd
         pieces.setdefault(tile.lanes, set()).add(tile.pieces)
     assert {(lanes, number) for lanes, every in pieces.items() for number in (min(every), max(every))} <= {

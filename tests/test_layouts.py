@@ -9,8 +9,7 @@ from kernel_runs import DEVICE, some
 from torch import Tensor
 
 from cot_kernels import complement_cross_entropy
-from cot_kernels.backends.triton import backend, launch
-from cot_kernels.backends.triton.backend import _tile
+from cot_kernels.backends.triton import backend, launch, layout
 from cot_kernels.objectives import CrossEntropyObjective
 
 
@@ -38,7 +37,7 @@ def test_rows_that_begin_anywhere(num_classes: int, dtype: torch.dtype) -> None:
         assert exact.grad is not None
         loss, saved = backend.loss(logits, target, -100, objective, "none")
         gradients = [backend.gradient(logits, saved, torch.ones((), device=DEVICE))]
-        assert backend._begin(gradients[0]) == backend._begin(logits)
+        assert layout.begin(gradients[0]) == layout.begin(logits)
         if offset == 1:  # one that begins elsewhere, as compilers have it
             elsewhere = torch.empty_like(logits)
             gradients.append(backend.gradient(logits, saved, torch.ones((), device=DEVICE), elsewhere))
@@ -78,7 +77,7 @@ def test_rows_side_by_side(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     exact = logits.double().cpu().clone().requires_grad_()
     complement_cross_entropy(exact, target.cpu(), gamma=-0.7, normalization="none", reduction="sum").backward()
     logits[:, :, ::5] = torch.nan
-    assert _tile(logits).across and exact.grad is not None
+    assert layout.tile(logits).across and exact.grad is not None
     loss, saved = backend.loss(logits, target, -100, CrossEntropyObjective(1.0, 0.7), "none")
     gradient = backend.gradient(logits, saved, torch.ones((), device=DEVICE))
     assert loss.isfinite().all() and not saved[1][[0, 2, 3, 4]].isnan().any()
@@ -99,7 +98,7 @@ def test_classes_apart_beside_a_gradient_whose_classes_adjoin(step: int, shape: 
     complement_cross_entropy(exact, target.cpu(), gamma=-0.7, normalization="none", reduction="sum").backward()
     _, saved = backend.loss(logits, target, -100, CrossEntropyObjective(1.0, 0.7), "sum")
     gradient = backend.gradient(logits, saved, torch.ones((), device=DEVICE))
-    assert exact.grad is not None and _tile(logits, gradient).across
+    assert exact.grad is not None and layout.tile(logits, gradient).across
     torch.testing.assert_close(gradient.double().cpu(), exact.grad, rtol=1e-5, atol=1e-6)
 
 
@@ -112,7 +111,7 @@ def test_a_transposed_matrix_is_one_plane(step: int, rows: int) -> None:
     logits = torch.randn(classes, rows * step, generator=torch.Generator().manual_seed(0)).to(DEVICE)[:, ::step].t()
     target = torch.arange(rows, device=DEVICE) % classes
     target[::5] = -100
-    assert _tile(logits).plane == (rows >= 32 and (step == 2 or rows % 16 != 0))
+    assert layout.tile(logits).plane == (rows >= 32 and (step == 2 or rows % 16 != 0))
     exact = logits.double().cpu().requires_grad_()
     complement_cross_entropy(exact, target.cpu(), gamma=-0.7, normalization="none", reduction="sum").backward()
     loss, saved = backend.loss(logits, target, -100, CrossEntropyObjective(1.0, 0.7), "none")
@@ -130,7 +129,7 @@ def test_long_rows_that_begin_anywhere_and_are_not_split(
     """More rows than are split on a small GPU, each of which begins elsewhere; what lies between them is NaN."""
     rows, multiprocessors = 17, 2
     assert launch.choose_splits(rows, 9, multiprocessors) == 1 < launch.choose_splits(2, 9, multiprocessors)
-    monkeypatch.setattr(backend, "_multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(layout, "multiprocessors", lambda device: multiprocessors)
     generator = torch.Generator().manual_seed(0)
     wide = torch.full((rows, classes + stride), torch.nan, device=DEVICE, dtype=torch.bfloat16)
     logits = wide[:, :classes]
@@ -148,7 +147,7 @@ def test_long_rows_that_begin_anywhere_and_are_not_split(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_rows_in_turn(classes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """As published, and as one by one to the last bit: also in a last program that is not full, ignored and stray."""
-    tile = _tile(torch.zeros(4, classes, dtype=dtype))
+    tile = layout.tile(torch.zeros(4, classes, dtype=dtype))
     turns = min(tile.turns, 3)
     rows = 4 * tile.rows + 1
     assert turns > 1 or classes == 20

@@ -11,7 +11,7 @@ from oracle import CASES, Case, RowTruth, complement_entropy, cross_entropy_of, 
 from torch.nn import functional as F
 
 import cot_kernels
-from cot_kernels.backends.triton import backend as triton_backend
+from cot_kernels.backends.triton import layout
 
 CLASSES = [2, 3, 127, 128, 129, 1000, 4096, 32000, 50257, 128256]
 MARGINS = [None, 0.0, 5.0, 10.0, 15.0, 20.0]
@@ -142,7 +142,7 @@ def test_the_largest_logits_there_are(
     dtype: torch.dtype, shape: tuple[int, ...], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a running sum that a class of 3e38 makes nothing, not even a product with it may overflow."""
-    monkeypatch.setattr(triton_backend, "_multiprocessors", lambda device: 2)  # so that twenty long rows are not split
+    monkeypatch.setattr(layout, "multiprocessors", lambda device: 2)  # so that twenty long rows are not split
     logits = torch.zeros(shape, dtype=dtype)
     logits[:, 1] = logits[:, -2] = 3e38
     logits[:, 2] = -3e38

@@ -8,7 +8,6 @@ for the device.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeAlias
@@ -18,7 +17,7 @@ import triton
 from torch import Tensor
 
 from cot_kernels.backends import accumulation_dtype
-from cot_kernels.backends.triton import launch
+from cot_kernels.backends.triton import launch, layout
 from cot_kernels.backends.triton.gradient import gradient_kernel
 from cot_kernels.backends.triton.objectives import TWINS, device_twin
 from cot_kernels.backends.triton.prepared import Plans, Prepared, settle_keys
@@ -44,113 +43,9 @@ forward_plans: Plans[_Forward] = Plans()
 gradient_plans: Plans[Prepared] = Plans()
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    # Triton's interpreter runs on the CPU: any number will do, and a GPU's takes the paths that a GPU takes.
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-@functools.cache
-def _capability(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-
-
-def _pairs(device: torch.device) -> bool:
-    """Whether float32 arithmetic takes two numbers at a time: on AMD's GPUs, and from compute capability 10 on."""
-    return torch.version.hip is not None or _capability(device) >= 10
-
-
-def _packs(device: torch.device) -> bool:
-    """Whether two numbers of 16 bits are compared at a time: by NVIDIA's GPUs, from compute capability 8 on."""
-    return torch.version.hip is None and not 0 < _capability(device) < 8
-
-
 def _on(device: int) -> AbstractContextManager[object]:
     """Kernels start on the current device, which need not be the one that holds the logits."""
     return _HERE if device < 0 or device == torch.cuda.current_device() else torch.cuda.device(device)
-
-
-def _strides(logits: Tensor, across: bool = False) -> tuple[int, int, int, int]:
-    """inner, stride_n, stride_k, stride_d of (N, K) or (N, K, D) logits; row n * inner + d. Where rows lie side by
-    side, those of (N, K) are one plane."""
-    if logits.dim() == 2:
-        stride_n, stride_k = logits.stride()
-        return (logits.shape[0], 0, stride_k, stride_n) if across else (1, stride_n, stride_k, 0)
-    stride_n, stride_k, stride_d = logits.stride()
-    return logits.shape[2], stride_n, stride_k, stride_d
-
-
-def _rows_adjoin(logits: Tensor) -> bool:
-    inner, stride_n, stride_k, stride_d = _strides(logits, across=True)
-    return stride_d == 1 and all(number % 16 == 0 for number in (inner, stride_n, stride_k))
-
-
-def _begin(tensor: Tensor, boundary: int = 16) -> int:
-    """How many numbers after a boundary of so many bytes a tensor begins."""
-    return tensor.data_ptr() % boundary // tensor.itemsize
-
-
-def _gradient_like(logits: Tensor) -> Tensor:
-    """Memory for a gradient, of which all rows begin as far from a 16-byte boundary as those of the logits, long ones
-    as far from that of a cache line.
-
-    They can so be written in the accesses that they are read in. A slice of padded rows gets padded ones; dense logits
-    get a gradient that lies as they do.
-    """
-    boundary = launch.LINE if logits.shape[1] * logits.itemsize > launch.SHORT_ROW else 16
-    begin = _begin(logits, boundary)
-    if (logits.is_contiguous() and not begin) or _strides(logits)[2] != 1:
-        return torch.empty_like(logits)
-    per_boundary = boundary // logits.itemsize
-    strides, extent = list(logits.stride()), logits.shape[1]
-    for dim in sorted((0, *range(2, logits.dim())), key=logits.stride):
-        if logits.shape[dim] != 1:
-            strides[dim] = extent + (logits.stride(dim) - extent) % per_boundary
-            extent = strides[dim] * logits.shape[dim]
-    return logits.new_empty(begin + extent).as_strided(logits.shape, strides, begin)
-
-
-def _tile(*tensors: Tensor) -> launch.Tile:
-    """The tile for logits, or for logits and their gradient, which is read and written alike."""
-    logits = tensors[0]
-    num_classes, itemsize = logits.shape[1], logits.itemsize
-    _, stride_n, _, stride_d = _strides(logits)
-    per_access = 16 // itemsize
-    begins = {_begin(each) for each in tensors}
-    on_boundary = begins == {0}
-    alike = len(begins) == 1 and all(
-        (one - other) % per_access == 0
-        for each in tensors[1:]
-        for one, other in zip(each.stride(), logits.stride(), strict=True)
-    )
-    rows_aligned = on_boundary and alike and stride_n % per_access == 0 and stride_d == 0
-    return launch.choose_tile(
-        num_classes,
-        itemsize,
-        inner=_strides(logits, across=True)[0],
-        classes_adjoin=all(_strides(each)[2] == 1 for each in tensors),
-        rows_aligned=rows_aligned,
-        head_aligned=alike,
-        rows_lined=stride_d == 0 and not _begin(logits, launch.LINE) and stride_n * itemsize % launch.LINE == 0,
-        rows_adjoin=on_boundary and all(_rows_adjoin(each) for each in tensors),
-        backward=len(tensors) > 1,
-        warp=32 if torch.version.hip is None else 64,
-        pairs=_pairs(logits.device),
-        packs=_packs(logits.device),
-    )
-
-
-def _blocks(tile: launch.Tile, num_rows: int, inner: int) -> int:
-    """The tiles that hold each row."""
-    planes, in_each = (num_rows // inner, inner) if tile.plane else (1, num_rows)
-    return planes * -(-in_each // tile.rows)
-
-
-def _splits(tile: launch.Tile, num_rows: int, num_classes: int, device: torch.device) -> int:
-    if not tile.long or not num_rows:
-        return 1
-    tiles = triton.cdiv(num_classes + tile.overhang, tile.block)
-    return launch.choose_splits(num_rows, tiles, _multiprocessors(device))
 
 
 class _Forward(NamedTuple):
@@ -182,15 +77,15 @@ def _plan_forward(
     parameters = (0.0, 0.0, 0.0)
     if objective is not None:
         twin, parameters = device_twin(objective)
-    tile = _tile(logits)
-    splits = _splits(tile, num_rows, num_classes, logits.device)
+    tile = layout.tile(logits)
+    splits = layout.splits(tile, num_rows, num_classes, logits.device)
     if splits > 1:
         turns, block_rows = 1, max(1, 256 // launch.next_power_of_two(splits))
     else:
-        turns = launch.choose_row_turns(tile, num_rows, _multiprocessors(logits.device))
+        turns = launch.choose_row_turns(tile, num_rows, layout.multiprocessors(logits.device))
         block_rows = turns * tile.rows
-    inner, stride_n, stride_k, stride_d = _strides(logits, tile.across)
-    blocks = _blocks(tile, num_rows, inner) if tile.plane else triton.cdiv(num_rows, block_rows)
+    inner, stride_n, stride_k, stride_d = layout.strides(logits, tile.across)
+    blocks = layout.blocks(tile, num_rows, inner) if tile.plane else triton.cdiv(num_rows, block_rows)
 
     partials = _next_access(5 * num_rows) if reduces else 0
     numbers = (num_rows, num_classes, inner, stride_n, stride_k, stride_d, ignore_index, *parameters, partials)
@@ -308,11 +203,11 @@ def loss(
 
 def _plan_gradient(logits: Tensor, target: Tensor, state: Tensor, upstream: Tensor, grad: Tensor) -> Prepared:
     num_rows, num_classes = target.numel(), logits.shape[1]
-    tile = _tile(logits, grad)
+    tile = layout.tile(logits, grad)
     tiles = triton.cdiv(num_classes + tile.overhang, tile.block)
-    turns = launch.choose_turns(tile, num_rows, tiles, _multiprocessors(logits.device))
-    inner, *strides = _strides(logits, tile.across)
-    blocks = _blocks(tile, num_rows, inner)
+    turns = launch.choose_turns(tile, num_rows, tiles, layout.multiprocessors(logits.device))
+    inner, *strides = layout.strides(logits, tile.across)
+    blocks = layout.blocks(tile, num_rows, inner)
     programs = blocks * triton.cdiv(tiles, turns) if tile.long or tile.across else triton.cdiv(blocks, turns)
     by_row = upstream.dim() and upstream.numel() == num_rows and num_rows > 1
     reduced = state.dim() == 1
@@ -320,7 +215,7 @@ def _plan_gradient(logits: Tensor, target: Tensor, state: Tensor, upstream: Tens
         gradient_kernel,
         programs,
         (
-            num_rows, num_classes, inner, *strides, *_strides(grad, tile.across)[1:],
+            num_rows, num_classes, inner, *strides, *layout.strides(grad, tile.across)[1:],
             upstream.stride(0) if by_row else 0, state.numel() - 1 if reduced else 0, tiles, turns,
         ),
         {
@@ -350,7 +245,7 @@ def gradient(logits: Tensor, saved: Saved, upstream: Tensor, grad: Tensor | None
     logits, upstream = logits.resolve_neg(), upstream.resolve_neg()
     begin, device = logits.data_ptr() % launch.LINE, logits.get_device()
     if grad is None:
-        grad = _gradient_like(logits) if begin or not logits.is_contiguous() else torch.empty_like(logits)
+        grad = layout.gradient_like(logits) if begin or not logits.is_contiguous() else torch.empty_like(logits)
     if not grad.numel():
         return grad
     if upstream.dim() > 1:
@@ -423,8 +318,8 @@ def value_and_gradient(
         upstream: (N), the derivative of a scalar by each row's loss; None where it is 1.
     """
     num_rows, num_classes = logits.shape
-    tile = _tile(_with_padding(logits))
-    if tile.heads or _splits(tile, num_rows, num_classes, logits.device) > 1:
+    tile = layout.tile(layout.with_padding(logits))
+    if tile.heads or layout.splits(tile, num_rows, num_classes, logits.device) > 1:
         return _value_then_gradient(logits, target, ignore_index, objective, upstream, wanted)
     twin, parameters = device_twin(objective)
     values = torch.empty((3, num_rows), dtype=accumulation_dtype(logits.dtype), device=logits.device)
@@ -449,16 +344,6 @@ def value_and_gradient(
             num_warps=tile.warps,
         )  # fmt: skip
     return values
-
-
-def _with_padding(logits: Tensor) -> Tensor:
-    """With what pads their rows to whole accesses, as far as there is any."""
-    (num_rows, num_classes), per_access = logits.shape, 16 // logits.itemsize
-    padded = triton.cdiv(num_classes, per_access) * per_access
-    last = logits.storage_offset() + (num_rows - 1) * logits.stride(0) + padded
-    if padded > logits.stride(0) or last * logits.itemsize > logits.untyped_storage().nbytes():
-        return logits
-    return logits.as_strided((num_rows, padded), logits.stride())
 
 
 def _value_then_gradient(
