@@ -66,7 +66,7 @@ def jobs(
 def kernels(job: Job, known: Container[str] = ()) -> list[Launch]:
     """Calls the loss on logits without data, and compiles where it would launch, but for what is known."""
     from benchmarks.launches import Driver, compiled_for  # Triton: only where there is a GPU
-    from cot_kernels import autograd, functional
+    from cot_kernels import autograd, dispatch
     from cot_kernels.backends.triton import backend, layout
 
     def both_passes(logits: Tensor, target: Tensor, *arguments: Any) -> Tensor:
@@ -80,7 +80,7 @@ def kernels(job: Job, known: Container[str] = ()) -> list[Launch]:
     with (
         compiled_for(Driver(job.machine.target), known) as launched,
         mock.patch.object(layout, "multiprocessors", lambda _: job.machine.multiprocessors),
-        mock.patch.object(functional, "_eager", lambda *_: True),
+        mock.patch.object(dispatch, "_eager", lambda *_: True),
         mock.patch.object(autograd, "row_loss", both_passes),
     ):
         provider.load()(logits, target)

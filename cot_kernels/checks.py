@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import warnings
 from numbers import Real
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from cot_kernels import distributed
+from cot_kernels import context, distributed
 
 REDUCTIONS = ("mean", "sum", "none")
+NORMALIZATIONS = ("classes", "complement", "entropy", "none")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LARGEST = 1e30  # an eps, alpha or gamma beyond it would overflow float32 on the way
 SMALLEST = 1e-30  # so would the quotient of an eps below it and what is left of a probability
@@ -42,6 +44,60 @@ def check_rows(input: Tensor, target: Tensor, ignore_index: int, reduction: str)
     check_device("target", target, input)
     check_options(ignore_index, reduction)
     return num_classes
+
+
+def check_projection(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    reduction: str,
+    memory_budget: int | None,
+) -> None:
+    """Hidden states, the weight and bias of their projection to logits, and targets."""
+    check_float("input", input, "hidden states")
+    check_float("linear_weight", weight, "weights")
+    check_target(target)
+    if input.dim() == 0:
+        raise ValueError("input must have shape (H), (N, H) or (N, d1, ..., H), got a scalar")
+    if weight.dim() != 2 or weight.shape[1] != input.shape[-1]:
+        raise ValueError(
+            f"linear_weight must have shape (K, {input.shape[-1]}) for input of shape {tuple(input.shape)}, got "
+            f"{tuple(weight.shape)}"
+        )
+    if len(weight) < 2:
+        raise ValueError(f"linear_weight must have at least 2 classes, got {len(weight)} in {tuple(weight.shape)}")
+    if target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"target must have shape {tuple(input.shape[:-1])} for input of shape {tuple(input.shape)}, got "
+            f"{tuple(target.shape)}"
+        )
+    others = {"linear_weight": weight}
+    if bias is not None:
+        check_float("linear_bias", bias, "bias")
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"linear_bias must have shape ({len(weight)},) for linear_weight of shape {tuple(weight.shape)}, got "
+                f"{tuple(bias.shape)}"
+            )
+        others["linear_bias"] = bias
+    autocast = context.in_autocast(input)
+    for name, tensor in others.items():
+        check_device(name, tensor, input)
+        cast = autocast and torch.float64 not in (tensor.dtype, input.dtype)  # which autocast leaves as it is
+        if tensor.dtype != input.dtype and not cast:
+            raise TypeError(
+                f"{name} must have the dtype of input, {input.dtype}, got {tensor.dtype}: convert one of them, or use "
+                "torch.autocast, which casts all but float64"
+            )
+    check_device("target", target, input)
+    check_options(ignore_index, reduction)
+    if memory_budget is not None:
+        if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
+            raise TypeError(f"memory_budget must be None or an int, in bytes, got {type(memory_budget).__name__}")
+        if memory_budget < 1:
+            raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}")
 
 
 # The good case of these is on the way of every call: no function is called in it that can be spared.
@@ -121,3 +177,30 @@ def check_eps(eps: float) -> None:
     check_nonnegative("eps", eps)
     if 0 < eps < SMALLEST:
         raise ValueError(f"eps must be 0 or at least {SMALLEST:g}, got {eps}: use 0")
+
+
+def scale_of(normalization: str, num_classes: int) -> float:
+    """What a normalization multiplies the complement entropy of so many classes with."""
+    check_word("normalization", normalization, NORMALIZATIONS)
+    if normalization == "classes":
+        return 1 / num_classes
+    if normalization == "complement":
+        return 1 / (num_classes - 1)
+    if normalization == "none":
+        return 1.0
+    if num_classes == 2:
+        raise ValueError(
+            "normalization='entropy' divides by ln(K - 1), which is 0 for the K = 2 classes of input: use at least 3 "
+            "classes, or another normalization"
+        )
+    return 1 / math.log(num_classes - 1)
+
+
+def warn_of_two_classes(name: str, num_classes: int) -> None:
+    """To be called by the function of that name, whose caller is told."""
+    if num_classes == 2 and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"{name} got 2 classes: the complement then holds a single class, its entropy is 0 and the loss says "
+            "nothing; use cross_entropy alone",
+            stacklevel=3,
+        )

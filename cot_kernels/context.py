@@ -28,6 +28,11 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def needs_plain_operations() -> bool:
+    """Where no operator can be called: in forward mode, and where a compiler traces a transform of torch.func."""
+    return transformed() if torch.compiler.is_compiling() else in_forward_mode()
+
+
 def plain(tensor: Tensor) -> bool:
     """Of no subclass whose operations mean something else."""
     return type(tensor) in _PLAIN
@@ -47,3 +52,9 @@ def readable(upstream: Tensor) -> bool:
         and forward_ad._current_level < 0
         and not traced()
     )
+
+
+def in_autocast(input: Tensor) -> bool:
+    """Whether operations on it cast their arguments."""
+    device = input.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)  # which raises for meta

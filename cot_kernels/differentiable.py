@@ -14,11 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cot_kernels.backends import accumulation_dtype
+from cot_kernels.backends import FLOOR, accumulation_dtype
 from cot_kernels.objectives import Objective
-
-# A logit at or below the floor has probability zero.
-FLOOR = -1e30
 
 
 class _Rows(NamedTuple):

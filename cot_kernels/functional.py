@@ -22,24 +22,24 @@ Notation: ``p = softmax(input)``, ``g`` the target, ``q_j = p_j / (1 - p_g)`` fo
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from cot_kernels import autograd, context, differentiable, distributed, operators
-from cot_kernels.checks import check_eps, check_finite, check_nonnegative, check_rows, check_word, signed
+from cot_kernels import dispatch
+from cot_kernels.checks import (
+    check_eps,
+    check_finite,
+    check_nonnegative,
+    check_rows,
+    scale_of,
+    warn_of_two_classes,
+)
 from cot_kernels.objectives import (
     ComplementEntropyObjective,
     CrossEntropyObjective,
     GuidedComplementEntropyObjective,
-    Objective,
 )
-
-_NORMALIZATIONS = ("classes", "complement", "entropy", "none")
 
 
 class ComplementStatistics(NamedTuple):
@@ -93,10 +93,9 @@ def complement_entropy(
     """
     num_classes = check_rows(input, target, ignore_index, reduction)
     check_eps(eps)
-    if num_classes == 2 and not torch.compiler.is_compiling():
-        _warn_two_classes()
+    warn_of_two_classes("complement_entropy", num_classes)
     objective = ComplementEntropyObjective(scale_of(normalization, num_classes), float(eps))
-    return row_loss(input, target, ignore_index, objective, reduction)
+    return dispatch.row_loss(input, target, ignore_index, objective, reduction)
 
 
 def guided_complement_entropy(
@@ -131,7 +130,7 @@ def guided_complement_entropy(
     check_eps(eps)
     check_nonnegative("alpha", alpha)
     objective = GuidedComplementEntropyObjective(1 / math.log(num_classes), float(eps), float(alpha))
-    return row_loss(input, target, ignore_index, objective, reduction)
+    return dispatch.row_loss(input, target, ignore_index, objective, reduction)
 
 
 def complement_cross_entropy(
@@ -165,7 +164,7 @@ def complement_cross_entropy(
     num_classes = check_rows(input, target, ignore_index, reduction)
     check_finite("gamma", gamma)
     objective = CrossEntropyObjective(1.0, -float(gamma) * scale_of(normalization, num_classes))
-    return row_loss(input, target, ignore_index, objective, reduction)
+    return dispatch.row_loss(input, target, ignore_index, objective, reduction)
 
 
 def cross_entropy(input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
@@ -184,7 +183,7 @@ def cross_entropy(input: Tensor, target: Tensor, *, ignore_index: int = -100, re
         TypeError, ValueError: see the head of this module.
     """
     check_rows(input, target, ignore_index, reduction)
-    return row_loss(input, target, ignore_index, CrossEntropyObjective(1.0, 0.0), reduction)
+    return dispatch.row_loss(input, target, ignore_index, CrossEntropyObjective(1.0, 0.0), reduction)
 
 
 def complement_statistics(input: Tensor, target: Tensor, *, ignore_index: int = -100) -> ComplementStatistics:
@@ -213,118 +212,4 @@ def complement_statistics(input: Tensor, target: Tensor, *, ignore_index: int = 
         tensor([1.0986])
     """
     check_rows(input, target, ignore_index, "none")
-    return ComplementStatistics(*_statistics(input, target, ignore_index))
-
-
-def _statistics(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
-    values: tuple[Tensor, ...]
-    target = signed(target, ignore_index)
-    if distributed.is_dtensor(input):
-        values, _ = distributed.by_rows(partial(_statistics, ignore_index=ignore_index), input, target)
-        return values
-    if order := _memory_order(input):
-        return _permuted(partial(_statistics, ignore_index=ignore_index), input, target, order)
-    logits, rows = _as_rows(input, target)
-    if _eager(input, target):
-        values = autograd.row_statistics(logits, rows, ignore_index)
-    elif plain_operations():
-        values = differentiable.statistics(logits, rows, ignore_index)
-    else:
-        values = operators.statistics(logits, rows, ignore_index)
-    return tuple(value.reshape(target.shape) for value in values)
-
-
-def row_loss(input: Tensor, target: Tensor, ignore_index: int, objective: Objective, reduction: str) -> Tensor:
-    loss: Tensor
-    target = signed(target, ignore_index)
-    if distributed.is_dtensor(input):
-        rows_of_rank = partial(row_loss, ignore_index=ignore_index, objective=objective, reduction="none")
-        (loss,), target = distributed.by_rows(lambda input, target: (rows_of_rank(input, target),), input, target)
-        return operators.reduce(loss, target, ignore_index, reduction, distributed.replicate)
-    if order := _memory_order(input):
-        of_order = partial(row_loss, ignore_index=ignore_index, objective=objective, reduction=reduction)
-        return _permuted(lambda input, target: (of_order(input, target),), input, target, order)[0]
-    logits, rows = (input, target) if input.dim() == 2 else _as_rows(input, target)
-    if _eager(input, target):
-        loss = autograd.row_loss(logits, rows, ignore_index, objective, reduction)
-    elif plain_operations():
-        loss = differentiable.loss(logits, rows, ignore_index, objective).squeeze(1)
-        loss = operators.reduce(loss, rows, ignore_index, reduction)
-    else:
-        loss = operators.loss(logits, rows, ignore_index, objective, reduction)
-    return loss.reshape(target.shape) if reduction == "none" else loss
-
-
-def _eager(input: Tensor, target: Tensor) -> bool:
-    """Whether the autograd Functions can be called as they are, without the dispatcher's cost of an operator."""
-    return not torch.compiler.is_compiling() and (
-        context.plain(input)
-        and context.plain(target)
-        and not input.is_meta
-        and not context.in_forward_mode()
-        and not context.transformed()
-        and not context.traced()
-    )
-
-
-def plain_operations() -> bool:
-    """Where no operator can be called: in forward mode, and where a compiler traces a transform of torch.func."""
-    return context.transformed() if torch.compiler.is_compiling() else context.in_forward_mode()
-
-
-def _memory_order(input: Tensor) -> list[int] | None:
-    """The trailing dimensions, the outermost in memory first, where that is another order than theirs.
-
-    In that order they are one dimension without a copy: logits whose height and width are transposed, for one. In a
-    graph for any shape the strides are not known.
-    """
-    if input.dim() < 4 or torch.compiler.is_compiling():
-        return None
-    strides = input.stride()[2:]
-    order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
-    return None if order == list(range(len(strides))) else order
-
-
-def _permuted(
-    function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], input: Tensor, target: Tensor, order: list[int]
-) -> tuple[Tensor, ...]:
-    """``function`` with the trailing dimensions in ``order``; those of its values are put back."""
-    values = function(input.permute(0, 1, *(2 + dim for dim in order)), target.permute(0, *(1 + dim for dim in order)))
-    back = [0, *(1 + order.index(dim) for dim in range(len(order)))]
-    return tuple(value.permute(back) if value.dim() else value for value in values)
-
-
-def _as_rows(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, K) logits, or (N, K, D) where the class dimension is not the innermost, with their targets (N) or (N, D)."""
-    if input.dim() == 1:
-        return input.unsqueeze(0), target.unsqueeze(0)
-    if input.dim() == 2:
-        return input, target
-    logits, rows = input.flatten(2), target.flatten(1)
-    if logits.stride(1) == 1 and logits.stride(0) == logits.stride(2) * logits.shape[2]:  # channels last
-        return logits.transpose(1, 2).flatten(0, 1), rows.flatten()
-    return logits, rows
-
-
-def scale_of(normalization: str, num_classes: int) -> float:
-    check_word("normalization", normalization, _NORMALIZATIONS)
-    if normalization == "classes":
-        return 1 / num_classes
-    if normalization == "complement":
-        return 1 / (num_classes - 1)
-    if normalization == "none":
-        return 1.0
-    if num_classes == 2:
-        raise ValueError(
-            "normalization='entropy' divides by ln(K - 1), which is 0 for the K = 2 classes of input: use at least 3 "
-            "classes, or another normalization"
-        )
-    return 1 / math.log(num_classes - 1)
-
-
-def _warn_two_classes() -> None:
-    warnings.warn(
-        "complement_entropy got 2 classes: the complement then holds a single class, its entropy is 0 and the loss "
-        "says nothing; use cross_entropy alone",
-        stacklevel=3,
-    )
+    return ComplementStatistics(*dispatch.statistics(input, target, ignore_index))

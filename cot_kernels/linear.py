@@ -24,22 +24,14 @@ operations: right, and without the saving of memory.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from cot_kernels import context, functional, operators, projection
-from cot_kernels.checks import (
-    check_device,
-    check_eps,
-    check_finite,
-    check_float,
-    check_options,
-    check_target,
-    signed,
-)
+from cot_kernels import context, dispatch, operators, projection
+from cot_kernels.checks import check_eps, check_finite, check_projection, scale_of, signed, warn_of_two_classes
 from cot_kernels.objectives import ComplementEntropyObjective, CrossEntropyObjective, Objective, cross_entropy_of
 
 CPU_BUDGET = 128 << 20
@@ -57,6 +49,48 @@ class LinearLoss(NamedTuple):
     """``H = -sum_{j != g} q_j ln q_j`` in nats, between 0 and ln(K - 1), detached."""
 
 
+@overload
+def linear_complement_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    gamma: float = -1.0,
+    normalization: str = "complement",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    memory_budget: int | None = None,
+    return_parts: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def linear_complement_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    gamma: float = -1.0,
+    normalization: str = "complement",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    memory_budget: int | None = None,
+    return_parts: Literal[True],
+) -> LinearLoss: ...
+@overload
+def linear_complement_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    gamma: float = -1.0,
+    normalization: str = "complement",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    memory_budget: int | None = None,
+    return_parts: bool,
+) -> Tensor | LinearLoss: ...
 def linear_complement_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -69,7 +103,7 @@ def linear_complement_cross_entropy(
     reduction: str = "mean",
     memory_budget: int | None = None,
     return_parts: bool = False,
-) -> Any:
+) -> Tensor | LinearLoss:
     r""":func:`.complement_cross_entropy` of ``linear(input, linear_weight, linear_bias)``, without these logits.
 
     .. math:: \ell = -\ln p_g + \frac{\gamma}{K - 1} H, \qquad p = \mathrm{softmax}(W x + b)
@@ -96,14 +130,56 @@ def linear_complement_cross_entropy(
         >>> vocabulary.weight.grad.shape
         torch.Size([1000, 32])
     """
-    _check(input, linear_weight, linear_bias, target, ignore_index, reduction, memory_budget)
+    check_projection(input, linear_weight, linear_bias, target, ignore_index, reduction, memory_budget)
     check_finite("gamma", gamma)
-    objective = CrossEntropyObjective(1.0, -float(gamma) * functional.scale_of(normalization, len(linear_weight)))
+    objective = CrossEntropyObjective(1.0, -float(gamma) * scale_of(normalization, len(linear_weight)))
     return _loss(
         input, linear_weight, linear_bias, target, ignore_index, objective, reduction, memory_budget, return_parts
     )
 
 
+@overload
+def linear_complement_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    eps: float = 1e-7,
+    normalization: str = "classes",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    memory_budget: int | None = None,
+    return_parts: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def linear_complement_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    eps: float = 1e-7,
+    normalization: str = "classes",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    memory_budget: int | None = None,
+    return_parts: Literal[True],
+) -> LinearLoss: ...
+@overload
+def linear_complement_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    eps: float = 1e-7,
+    normalization: str = "classes",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    memory_budget: int | None = None,
+    return_parts: bool,
+) -> Tensor | LinearLoss: ...
 def linear_complement_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -116,7 +192,7 @@ def linear_complement_entropy(
     reduction: str = "mean",
     memory_budget: int | None = None,
     return_parts: bool = False,
-) -> Any:
+) -> Tensor | LinearLoss:
     r""":func:`.complement_entropy` of ``linear(input, linear_weight, linear_bias)``, without these logits.
 
     It is **never positive**: see there.
@@ -134,9 +210,10 @@ def linear_complement_entropy(
 
     Source: the loss, Chen et al., ICLR 2019 (arXiv 1903.01182).
     """
-    _check(input, linear_weight, linear_bias, target, ignore_index, reduction, memory_budget)
+    check_projection(input, linear_weight, linear_bias, target, ignore_index, reduction, memory_budget)
     check_eps(eps)
-    objective = ComplementEntropyObjective(functional.scale_of(normalization, len(linear_weight)), float(eps))
+    warn_of_two_classes("linear_complement_entropy", len(linear_weight))
+    objective = ComplementEntropyObjective(scale_of(normalization, len(linear_weight)), float(eps))
     return _loss(
         input, linear_weight, linear_bias, target, ignore_index, objective, reduction, memory_budget, return_parts
     )
@@ -152,7 +229,7 @@ def _loss(
     reduction: str,
     memory_budget: int | None,
     return_parts: bool,
-) -> Any:
+) -> Tensor | LinearLoss:
     target = signed(target, ignore_index)
     if not all(_plain(each) for each in (input, weight, bias, target) if each is not None):
         return _unfused(input, weight, bias, target, ignore_index, objective, reduction, return_parts)
@@ -161,7 +238,7 @@ def _loss(
     unit = objective.scaled(1 / objective.scale)
     plan = projection.Plan(ignore_index, unit, budget, _compute_dtype(input))
     seen = torch.compiler.is_compiling() or context.traced()
-    run = projection.by_operator if seen else projection.LinearLoss.apply
+    run = projection.by_operator if seen else projection.ChunkedLinearLoss.apply
     rows, parts = run(  # type: ignore[no-untyped-call]
         input.flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0),
         weight,
@@ -186,15 +263,15 @@ def _unfused(
     objective: Objective,
     reduction: str,
     return_parts: bool,
-) -> Any:
+) -> Tensor | LinearLoss:
     logits = linear(input, weight, bias)
     logits = logits.movedim(-1, 1) if logits.dim() > 1 else logits
-    loss = functional.row_loss(logits, target, ignore_index, objective, reduction)
+    loss = dispatch.row_loss(logits, target, ignore_index, objective, reduction)
     if not return_parts:
         return loss
-    rows = functional.complement_statistics(logits.detach(), target, ignore_index=ignore_index)
-    cross_entropy = cross_entropy_of(rows.complement_lse - rows.target_logit).masked_fill(target == ignore_index, 0)
-    parts = (operators.reduce(each, target, ignore_index, reduction) for each in (cross_entropy, -rows.negentropy))
+    target_logit, complement_lse, negentropy = dispatch.statistics(logits.detach(), target, ignore_index)
+    cross_entropy = cross_entropy_of(complement_lse - target_logit).masked_fill(target == ignore_index, 0)
+    parts = (operators.reduce(each, target, ignore_index, reduction) for each in (cross_entropy, -negentropy))
     return LinearLoss(loss, *parts)
 
 
@@ -210,69 +287,11 @@ def _reduce(rows: Tensor, target: Tensor, ignore_index: int, reduction: str, sca
 
 
 def _plain(tensor: Tensor) -> bool:
-    if functional.plain_operations() or context.transformed() or tensor.is_meta:
+    if context.needs_plain_operations() or context.transformed() or tensor.is_meta:
         return False
     return torch.compiler.is_compiling() or context.plain(tensor)
 
 
-def _in_autocast(input: Tensor) -> bool:
-    device = input.device.type
-    return device != "meta" and torch.is_autocast_enabled(device)  # which raises for meta
-
-
 def _compute_dtype(input: Tensor) -> torch.dtype:
-    cast = _in_autocast(input) and input.dtype != torch.float64
+    cast = context.in_autocast(input) and input.dtype != torch.float64
     return torch.get_autocast_dtype(input.device.type) if cast else input.dtype
-
-
-def _check(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    reduction: str,
-    memory_budget: int | None,
-) -> None:
-    check_float("input", input, "hidden states")
-    check_float("linear_weight", weight, "weights")
-    check_target(target)
-    if input.dim() == 0:
-        raise ValueError("input must have shape (H), (N, H) or (N, d1, ..., H), got a scalar")
-    if weight.dim() != 2 or weight.shape[1] != input.shape[-1]:
-        raise ValueError(
-            f"linear_weight must have shape (K, {input.shape[-1]}) for input of shape {tuple(input.shape)}, got "
-            f"{tuple(weight.shape)}"
-        )
-    if len(weight) < 2:
-        raise ValueError(f"linear_weight must have at least 2 classes, got {len(weight)} in {tuple(weight.shape)}")
-    if target.shape != input.shape[:-1]:
-        raise ValueError(
-            f"target must have shape {tuple(input.shape[:-1])} for input of shape {tuple(input.shape)}, got "
-            f"{tuple(target.shape)}"
-        )
-    others = {"linear_weight": weight}
-    if bias is not None:
-        check_float("linear_bias", bias, "bias")
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"linear_bias must have shape ({len(weight)},) for linear_weight of shape {tuple(weight.shape)}, got "
-                f"{tuple(bias.shape)}"
-            )
-        others["linear_bias"] = bias
-    autocast = _in_autocast(input)
-    for name, tensor in others.items():
-        check_device(name, tensor, input)
-        cast = autocast and torch.float64 not in (tensor.dtype, input.dtype)  # which autocast leaves as it is
-        if tensor.dtype != input.dtype and not cast:
-            raise TypeError(
-                f"{name} must have the dtype of input, {input.dtype}, got {tensor.dtype}: convert one of them, or use "
-                "torch.autocast, which casts all but float64"
-            )
-    check_device("target", target, input)
-    check_options(ignore_index, reduction)
-    if memory_budget is not None:
-        if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
-            raise TypeError(f"memory_budget must be None or an int, in bytes, got {type(memory_budget).__name__}")
-        if memory_budget < 1:
-            raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}")

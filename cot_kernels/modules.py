@@ -139,10 +139,11 @@ class LinearComplementCrossEntropy(_Loss):
 
     def forward(
         self, input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None
-    ) -> Any:
-        return linear.linear_complement_cross_entropy(
+    ) -> Tensor | linear.LinearLoss:
+        loss: Tensor | linear.LinearLoss = linear.linear_complement_cross_entropy(
             input, linear_weight, target, linear_bias=linear_bias, **self.arguments
         )
+        return loss
 
 
 class LinearComplementEntropy(_Loss):
@@ -173,5 +174,8 @@ class LinearComplementEntropy(_Loss):
 
     def forward(
         self, input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None
-    ) -> Any:
-        return linear.linear_complement_entropy(input, linear_weight, target, linear_bias=linear_bias, **self.arguments)
+    ) -> Tensor | linear.LinearLoss:
+        loss: Tensor | linear.LinearLoss = linear.linear_complement_entropy(
+            input, linear_weight, target, linear_bias=linear_bias, **self.arguments
+        )
+        return loss

@@ -144,7 +144,7 @@ def _differentiable(
     return [grad @ projection, grad.t() @ x, None if bias is None else grad.sum(0)]
 
 
-class LinearLoss(torch.autograd.Function):
+class ChunkedLinearLoss(torch.autograd.Function):
     """Losses of rows, and their cross-entropy and negentropy, which pass no gradient on.
 
     Gradients are formed in the forward pass where ``uniform`` promises that all rows will get one upstream number.
@@ -266,7 +266,7 @@ def _(info: Any, in_dims: operators.Batched, *arguments: Any) -> tuple[Any, Any]
 def by_operator(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, plan: Plan, uniform: bool
 ) -> tuple[Tensor, Tensor]:
-    """What :class:`LinearLoss` returns."""
+    """What :class:`ChunkedLinearLoss` returns."""
     name, parameters = operators.describe(plan.objective)
     # A trace is for tensors that ask for gradients and for those that do not: it forms them in the backward pass.
     uniform = uniform and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]

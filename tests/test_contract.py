@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import cot_kernels
 from cot_kernels.backends.native import backend as native
 from cot_kernels.backends.triton import launch
-from cot_kernels.functional import _as_rows
+from cot_kernels.dispatch import _as_rows
 
 
 @pytest.mark.parametrize(

@@ -545,3 +545,10 @@ def test_no_features(dtype: torch.dtype, device: torch.device) -> None:
     losses = (each("complement cross-entropy") for each in (fused, unfused))
     (_, got), (_, expected) = (gradients(loss, input, weight, bias, target=target) for loss in losses)
     torch.testing.assert_close(got, expected, rtol=2e-2, atol=1e-3)
+
+
+def test_two_classes() -> None:
+    hidden, weight, target = torch.randn(3, 4), torch.randn(2, 4), torch.tensor([0, 1, 1])
+    with pytest.warns(UserWarning, match="linear_complement_entropy got 2 classes") as told:
+        assert not cot_kernels.linear_complement_entropy(hidden, weight, target)
+    assert told[0].filename == __file__

@@ -1,6 +1,9 @@
-"""Where the arithmetic happens: ATen for any device, Triton for GPUs. Both offer the same functions."""
+"""Where the arithmetic happens: Triton on GPUs, C++ on CPUs, ATen on any device. All offer the same functions."""
 
 import torch
+
+# A logit at or below it has probability zero, as has a masked one, for which 0 * -inf would be NaN.
+FLOOR = -1e30
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -23,11 +23,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from cot_kernels.backends import accumulation_dtype
+from cot_kernels.backends import FLOOR, accumulation_dtype
 from cot_kernels.objectives import Objective, cross_entropy_of
-
-# A logit at or below the floor has probability zero, as has a masked one at -inf, for which 0 * -inf would be NaN.
-FLOOR = -1e30
 
 # The exponential of this is zero in any precision, and its product with the slope of a row finite with any slope.
 NOTHING = -1e4
