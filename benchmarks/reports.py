@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 Row: TypeAlias = dict[str, Any]  # of benchmarks.runner, or of benchmarks.growth
 Report: TypeAlias = dict[str, Any]
 
+RESULTS = Path(__file__).parent / "results"  # those that are committed
+
 
 def read(file: Path) -> Report:
     """What a file holds; where that is not JSON, the error names the file."""

@@ -8,7 +8,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.readme import ROOT, fill
+from benchmarks.environment import ROOT
+from benchmarks.pages import fill
 
 from . import figures, tables
 from .report import Report

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import goals, readme, runner
+from benchmarks import goals, readme, runner, tables_cpu, tables_gpu
 from benchmarks.cases import Case
 from benchmarks.providers import PROVIDERS
 from benchmarks.runner import Row
@@ -56,7 +56,7 @@ def test_figures(results: list[dict[str, Any]], tmp_path: Path) -> None:
 def test_figures_are_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same case of two runs, or of two devices, would be drawn as one: of the last file, without a word."""
     plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
-    parts = [str(file) for file in readme.gpu_files()]
+    parts = [str(file) for file in tables_gpu.gpu_files()]
 
     def refused(*files: str) -> str:
         with pytest.raises(SystemExit):
@@ -214,11 +214,11 @@ def test_what_failed_in_a_graph_stands_beside_what_did_not() -> None:
 def test_kernels_that_were_not_timed_are_left_out_of_their_table(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    report = json.loads(readme.GPU_KERNELS.read_text())
+    report = json.loads(tables_gpu.GPU_KERNELS.read_text())
     failed = {"layout": "rows", "classes": 7, "dtype": "bf16", "message": "out of time"}
     (tmp_path / "kernels.json").write_text(json.dumps({**report, "results": [failed, report["results"][0]]}))
-    monkeypatch.setattr(readme, "GPU_KERNELS", tmp_path / "kernels.json")
-    (row,) = [line for line in readme.gpu_kernels_table().splitlines() if line.startswith("| bf16")]
+    monkeypatch.setattr(tables_gpu, "GPU_KERNELS", tmp_path / "kernels.json")
+    (row,) = [line for line in tables_gpu.gpu_kernels_table().splitlines() if line.startswith("| bf16")]
     assert f"| {report['results'][0]['classes']} |" in row
 
 
@@ -229,24 +229,24 @@ def test_parts_that_were_not_measured_are_left_out_of_the_table_of_gpus(
     report = json.loads(measured.read_text())
     other = tmp_path / "gpu_fp32.json"
     other.write_text(json.dumps({**report, "results": [dict(row, dtype="fp32") for row in report["results"]]}))
-    monkeypatch.setattr(readme, "GPU_RESULTS", [measured, other, missing])
-    table = readme.gpu_table()
+    monkeypatch.setattr(tables_gpu, "GPU_RESULTS", [measured, other, missing])
+    table = tables_gpu.gpu_table()
     assert "| 128 x 10 | bf16 |" in table and "| 128 x 10 | fp32 |" in table and "fp16" not in table
     assert "`benchmarks/results/gpu_{bf16,fp32}.json`" in table
-    monkeypatch.setattr(readme, "GPU_RESULTS", [measured, missing])
-    assert "`benchmarks/results/gpu_bf16.json`" in readme.gpu_table()
-    monkeypatch.setattr(readme, "GPU_RESULTS", [missing])
-    for table_of in (readme.gpu_table, readme.gpu_goals_table):
+    monkeypatch.setattr(tables_gpu, "GPU_RESULTS", [measured, missing])
+    assert "`benchmarks/results/gpu_bf16.json`" in tables_gpu.gpu_table()
+    monkeypatch.setattr(tables_gpu, "GPU_RESULTS", [missing])
+    for table_of in (tables_gpu.gpu_table, tables_gpu.gpu_goals_table):
         with pytest.raises(FileNotFoundError, match=missing.name):
             table_of()
 
 
 def test_notes_say_what_was_measured() -> None:
-    about = json.loads(readme.CPU_RESULTS.read_text())["environment"]
-    assert f", float32, at {about['commit']}; `benchmarks/results/cpu.json`." in readme.cpu_table()
-    assert ", float32; `" in readme.cpu_note({**about, "commit": ""}, readme.CPU_RESULTS)
+    about = json.loads(tables_cpu.CPU_RESULTS.read_text())["environment"]
+    assert f", float32, at {about['commit']}; `benchmarks/results/cpu.json`." in tables_cpu.cpu_table()
+    assert ", float32; `" in tables_cpu.cpu_note({**about, "commit": ""}, tables_cpu.CPU_RESULTS)
     del about["commit"]
-    assert ", float32; `" in readme.cpu_note(about, readme.CPU_RESULTS)
+    assert ", float32; `" in tables_cpu.cpu_note(about, tables_cpu.CPU_RESULTS)
 
 
 @pytest.fixture
@@ -255,7 +255,7 @@ def page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     first, second = tmp_path / "first.md", tmp_path / "second.md"
     first.write_text("<!-- new -->\n<!-- /new -->\n")
     second.write_text("<!-- goals -->\n<!-- /goals -->\n")
-    monkeypatch.setattr(readme, "PAGES", {first: {"new": lambda: "written"}, second: {"goals": readme.goals_table}})
+    monkeypatch.setattr(readme, "PAGES", {first: {"new": lambda: "written"}, second: {"goals": tables_cpu.goals_table}})
     return first
 
 
@@ -286,7 +286,7 @@ def test_no_page_is_written_where_one_cannot_be(
     before, file = page.read_text(), tmp_path / "cpu.json"
     if text is not None:
         file.write_text(text)
-    monkeypatch.setattr(readme, "CPU_RESULTS", file)
+    monkeypatch.setattr(tables_cpu, "CPU_RESULTS", file)
     with pytest.raises(SystemExit):
         readme.main([])
     error = capsys.readouterr().err
