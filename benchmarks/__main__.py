@@ -7,16 +7,15 @@ after its loss and gradient have been held against float64. docs/performance.md 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, is_dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from benchmarks import reports
 from benchmarks.ahead import Job, compile_all, jobs, this_machine
 from benchmarks.arguments import device_argument, duration, output_file, thread_count
 from benchmarks.cases import DTYPES, GPU_PARTS, PARTS, Case
@@ -78,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     def save(report: dict[str, Any]) -> None:
         if options.output:
-            write(options.output, {"environment": about, **report})
+            head = {key: value for key, value in report.items() if key != "results"}
+            reports.write(options.output, {"environment": about, **head}, map(_plain, report["results"]))
 
     ahead: list[Job] = []
     if on_gpu:
@@ -92,17 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return {"environment": about, **report}
 
 
-def write(path: Path, report: dict[str, Any]) -> None:
-    """A row a line, so that two runs can be compared by line."""
-    rows = ",\n".join(json.dumps(_plain(row), allow_nan=False) for row in report["results"])
-    head = ",\n".join(f"{json.dumps(key)}: {json.dumps(report[key])}" for key in report if key != "results")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{{head},\n"results": [\n{rows}\n]}}\n')
-
-
-def _plain(row: Row | dict[str, Any]) -> dict[str, Any]:
-    values = asdict(row) if is_dataclass(row) else row
-    return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in values.items()}
+def _plain(row: Row) -> dict[str, Any]:
+    """As it is written: to five digits."""
+    return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in asdict(row).items()}
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import re
 import subprocess
 import sys
@@ -24,13 +23,13 @@ from typing import Any, TypeAlias
 
 import triton
 
+from benchmarks import reports
 from benchmarks.arguments import at_least_one, needs_the_compiler, output_file
 from benchmarks.bounds import GPUS, Prediction, predict, programs_at_once, warps_at_most
 from benchmarks.environment import environment
 from benchmarks.launches import DTYPES, TARGETS, Case, Launch, cases, launches
 from benchmarks.machine_code import Program, parse_gcn, parse_sass
 from benchmarks.progress import progress
-from benchmarks.reports import read as read_report
 from cot_kernels.backends.triton import backend, monoid
 from cot_kernels.backends.triton import launch as launch_table
 from cot_kernels.backends.triton import layout as memory_layout
@@ -211,14 +210,14 @@ def _knows(identities: set[Identity]) -> None:
 def report_on(case: Case) -> list[tuple[str, Report | None]]:
     """Of the kernels that no case of as many classes launched before, of those that came to this process: the hash, and
     the report where it is not known."""
-    reports = []
+    found = []
     known = {hash for target, classes, hash in _known if (target, classes) == (case.target, case.classes)}
     for launch in launches(case, known):
         identity = (case.target, case.classes, launch.hash)
         if identity not in _seen:
             _seen.add(identity)
-            reports.append((launch.hash, read(case, launch) if launch.compiled is not None else None))
-    return reports
+            found.append((launch.hash, read(case, launch) if launch.compiled is not None else None))
+    return found
 
 
 def read(case: Case, launch: Launch) -> Report:
@@ -267,7 +266,7 @@ def readers() -> str:
 
 def known_from(file: Path | None) -> dict[Identity, dict[str, Any]]:
     """The rows of a report, where they were read by the code that there is now."""
-    report = read_report(file) if file else {}
+    report = reports.read(file) if file else {}
     if report.get("readers") != readers():
         return {}
     return {(row["case"]["target"], row["case"]["classes"], row["hash"]): row for row in report["reports"]}
@@ -290,19 +289,16 @@ def main() -> None:
     wanted = [case for target in arguments.target or TARGETS for case in cases(target)][:: arguments.every]
     found: dict[Identity, dict[str, Any]] = {}
     with ProcessPoolExecutor(2, None, _knows, (set(known),)) as pool, progress(len(wanted)) as advance:
-        for case, reports in zip(wanted, pool.map(report_on, wanted, chunksize=4), strict=True):
+        for case, made in zip(wanted, pool.map(report_on, wanted, chunksize=4), strict=True):
             advance(case.target)
-            for hash, report in reports:  # the other process may have seen it too
+            for hash, report in made:  # the other process may have seen it too
                 identity = (case.target, case.classes, hash)
                 found.setdefault(identity, asdict(report) if report else known[identity])
-    listed = ",\n".join(json.dumps(row) for row in found.values())  # a kernel a line
-    about = f'"environment": {json.dumps(environment(1))},\n"readers": "{readers()}"'
-    text = f'{{{about},\n"reports": [\n{listed}\n]}}\n'
+    head = {"environment": environment(1), "readers": readers()}
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text)
+        reports.write(arguments.output, head, found.values(), key="reports")
     else:
-        sys.stdout.write(text)
+        sys.stdout.write(reports.text_of(head, found.values(), key="reports"))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -37,13 +34,6 @@ def environment(threads: int, device: torch.device = _CPU) -> dict[str, str | in
         "commit": _first_line("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def write_results(path: Path, about: Mapping[str, Any], results: Iterable[Mapping[str, Any]]) -> None:
-    """A result a line, so that two runs can be compared by line."""
-    lines = ",\n".join(json.dumps(result) for result in results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{"environment": {json.dumps(about)}, "results": [\n{lines}\n]}}\n')
 
 
 def _processor() -> str:

@@ -15,10 +15,10 @@ import torch
 from torch.nn import functional as F
 
 import cot_kernels
-from benchmarks import resources, timing
+from benchmarks import reports, resources, timing
 from benchmarks.arguments import duration, output_file, thread_count
 from benchmarks.cases import Case
-from benchmarks.environment import environment, write_results
+from benchmarks.environment import environment
 from benchmarks.progress import progress
 from benchmarks.providers import Loss
 from cot_kernels import reference
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             advance(case_of(along, size).name)
             results.extend(measure(along, size, options.seconds))
     if options.output:
-        write_results(options.output, environment(options.threads), results)
+        reports.write(options.output, {"environment": environment(options.threads)}, results)
     if options.figure:
         from benchmarks.plots import growth, write  # Matplotlib: only where a figure is wanted
 

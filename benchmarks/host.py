@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import cot_kernels
-from benchmarks import timing
+from benchmarks import reports, timing
 from benchmarks.arguments import device_argument, duration, output_file
 from benchmarks.cases import DTYPES, Case
-from benchmarks.environment import environment, write_results
+from benchmarks.environment import environment
 from benchmarks.progress import progress
 from benchmarks.providers import Loss
 from cot_kernels import reference
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name, taken in measure(case, dtype, options.device, options.seconds).items():
                 results.append({"rows": case.rows, "classes": case.classes, "dtype": dtype, "loss": name, **taken})
     if options.output:
-        write_results(options.output, environment(1, options.device), results)
+        reports.write(options.output, {"environment": environment(1, options.device)}, results)
     for row in results:
         print(f"{row['rows']} x {row['classes']} {row['dtype']}  {row['loss']}: {row['forward']} and {row['both']} us")
 

@@ -9,7 +9,6 @@ all launches of the loss, three passes over the logits.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,11 +16,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import timing
+from benchmarks import reports, timing
 from benchmarks.ahead import Job, compile_all, this_machine
 from benchmarks.arguments import device_argument, duration, output_file
 from benchmarks.cases import DTYPES
-from benchmarks.environment import ROOT, environment, write_results
+from benchmarks.environment import environment
 from benchmarks.goals import COT
 from benchmarks.progress import progress
 from benchmarks.runner import Settings, copy_bandwidth, message_of
@@ -110,7 +109,7 @@ def draw(results: Sequence[dict[str, Any]], device: str, path: Path) -> None:
     """Beside the predictions for that GPU, where the committed ones have it."""
     from benchmarks.plots import kernels, write  # Matplotlib: only where a figure is wanted
 
-    predictions = json.loads((ROOT / "benchmarks" / "results" / "widths.json").read_text())["results"]
+    predictions = reports.read(reports.RESULTS / "widths.json")["results"]
     write(kernels(results, [row for row in predictions if row["gpu"] in device.split()]), path)
 
 
@@ -136,7 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     results = list(run(cases, device, options.seconds, copy["roof"] * 1e9, deadline))
     if options.output:
-        write_results(options.output, {**environment(1, device), "copy_gbps": round(copy["roof"])}, results)
+        about = {**environment(1, device), "copy_gbps": round(copy["roof"])}
+        reports.write(options.output, {"environment": about}, results)
     if options.figure:
         draw(results, torch.cuda.get_device_name(device), options.figure)
     for row in results:

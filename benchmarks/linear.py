@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import cot_kernels
-from benchmarks import timing
+from benchmarks import reports, timing
 from benchmarks.arguments import at_least_one, device_argument, duration, output_file, thread_count
-from benchmarks.environment import environment, write_results
+from benchmarks.environment import environment
 from benchmarks.progress import progress
 from benchmarks.runner import LATE, message_of
 from cot_kernels import reference
@@ -185,7 +185,7 @@ def measure(
         try:
             found = error(name, *tensors)
             wrong = not found <= TOLERANCES[dtype]
-            rows[name] = {"status": "wrong" if wrong else "ok", "error": found if found == found else None}
+            rows[name] = {"status": "wrong" if wrong else "ok", "error": found if math.isfinite(found) else None}
             if not wrong:
                 steps[name] = step_of(name, device)
                 steps[name](*tensors)
@@ -269,7 +269,7 @@ def main() -> None:
             advance("{} x {} -> {}".format(*shape))
             results += measure(shape, device, options.threads, options.rounds, options.seconds, deadline)
             if options.output:
-                write_results(options.output, about, results)
+                reports.write(options.output, {"environment": about}, results)
     for row in results:
         said = row.get("message", "")
         numbers = f"{row['times']:.2f} of three products, {row['peak_bytes'] / 2**20:.0f} MiB" if "times" in row else ""

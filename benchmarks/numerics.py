@@ -14,7 +14,6 @@ gradient far less than the published operations err.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,6 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 import cot_kernels
+from benchmarks import reports
 from benchmarks.arguments import output_file, thread_count
 from benchmarks.environment import environment
 from cot_kernels import reference
@@ -190,10 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = [measure(*point) for point in track(points, "measuring", console=Console(stderr=True))]
     Console().print(summary(results))
     if options.output:
-        lines = ",\n".join(json.dumps(result, allow_nan=False) for result in results)
-        about = json.dumps(environment(options.threads))
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(f'{{"environment": {about}, "results": [\n{lines}\n]}}\n')
+        reports.write(options.output, {"environment": environment(options.threads)}, results)
     if options.figure:
         options.figure.parent.mkdir(parents=True, exist_ok=True)
         figure(results).savefig(options.figure)

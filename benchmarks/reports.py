@@ -1,9 +1,9 @@
-"""Results files: read, and refused where their rows cannot stand in one table or figure."""
+"""Results files: written, read, and refused where their rows cannot stand in one table or figure."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,6 +11,23 @@ Row: TypeAlias = dict[str, Any]  # of benchmarks.runner, or of benchmarks.growth
 Report: TypeAlias = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results"  # those that are committed
+
+
+def write(path: Path, head: Mapping[str, Any], rows: Iterable[Mapping[str, Any]], key: str = "results") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text_of(head, rows, key))
+
+
+def text_of(head: Mapping[str, Any], rows: Iterable[Mapping[str, Any]], key: str = "results") -> str:
+    """A row a line, so that two runs can be compared by line, and an entry of the head a line where it has several.
+
+    Numbers that are not finite are an error: JSON has none.
+    """
+    entries = [f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in head.items()]
+    between = ",\n" if len(entries) > 1 else ", "
+    lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
+    entries.append(f"{json.dumps(key)}: [\n{lines}\n]")
+    return f"{{{between.join(entries)}}}\n"
 
 
 def read(file: Path) -> Report:

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+from benchmarks import reports
 from benchmarks.arguments import needs_the_compiler, output_file
 from benchmarks.bounds import GPUS, both_passes
 from benchmarks.compile_report import read
-from benchmarks.environment import environment, write_results
+from benchmarks.environment import environment
 from benchmarks.launches import DTYPES, Case, Layout, launches
 from benchmarks.progress import progress
 from cot_kernels.backends.triton import launch
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             advance(f"{case.target}, {case.classes} classes")
             results.extend(found)
     if options.output:
-        write_results(options.output, environment(1), results)
+        reports.write(options.output, {"environment": environment(1)}, results)
     if options.figure:
         from benchmarks.plots import widths, write  # Matplotlib: only where a figure is wanted
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import goals, readme, runner, tables_cpu, tables_gpu
+from benchmarks import goals, readme, reports, runner, tables_cpu, tables_gpu
 from benchmarks.cases import Case
 from benchmarks.providers import PROVIDERS
 from benchmarks.runner import Row
@@ -36,6 +36,15 @@ def results() -> list[dict[str, Any]]:
                     )  # fmt: skip
                     found.append(dataclasses.asdict(row))
     return found
+
+
+@pytest.mark.parametrize(("name", "key"), [("cpu", "results"), ("linear", "results"), ("compile_report", "reports")])
+def test_results_are_written_a_row_a_line(name: str, key: str) -> None:
+    """As those that are committed, so that what is measured again differs in its own lines."""
+    file = RESULTS / f"{name}.json"
+    head = reports.read(file)
+    rows = head.pop(key)
+    assert reports.text_of(head, rows, key) == file.read_text()
 
 
 def test_figures(results: list[dict[str, Any]], tmp_path: Path) -> None:
