@@ -20,12 +20,11 @@ from benchmarks.ahead import Job, compile_all, jobs, this_machine
 from benchmarks.arguments import device_argument, duration, output_file, thread_count
 from benchmarks.cases import DTYPES, GPU_PARTS, PARTS, Case
 from benchmarks.environment import environment
+from benchmarks.outcome import GPU_MINUTES
 from benchmarks.progress import progress
 from benchmarks.providers import PROVIDERS
 from benchmarks.runner import Row, Settings, run
 
-# A run on a GPU ends by itself before ten minutes; what is left is reported as skipped.
-GPU_MINUTES = 9.0
 # What is trained in comes first: a run that is out of time lacks the others.
 GPU_DTYPES = ("bf16", "fp32", "fp16")
 

@@ -14,7 +14,7 @@ from cot_kernels.backends.native import backend as native
 
 ROOT = Path(__file__).parents[1]
 _CPU = torch.device("cpu")
-# Other packages whose losses are measured where they are installed.
+# Other packages whose losses are measured where they are installed, the last one's by benchmarks.linear alone.
 PEERS = ("liger-kernel", "quack-kernels", "cut-cross-entropy")
 
 

@@ -22,8 +22,9 @@ from benchmarks.arguments import device_argument, duration, output_file
 from benchmarks.cases import DTYPES
 from benchmarks.environment import environment
 from benchmarks.goals import COT
+from benchmarks.outcome import GPU_MINUTES, LATE, message_of
 from benchmarks.progress import progress
-from benchmarks.runner import Settings, copy_bandwidth, message_of
+from benchmarks.runner import Settings, copy_bandwidth
 from cot_kernels.objectives import ComplementEntropyObjective
 
 LOGITS = 1 << 28
@@ -35,7 +36,6 @@ ROWS = (
 CLASS_MAJOR = (10, 21, 150)
 LAYOUTS = {"rows": ROWS, "class-major": CLASS_MAJOR}
 GPU_DTYPES = ("bf16", "fp32")
-MINUTES = 9.0
 
 Case = tuple[str, int, str]  # layout, classes, dtype
 
@@ -96,7 +96,7 @@ def run(
             advance("{}, {} classes, {}".format(*case))
             about = dict(zip(("layout", "classes", "dtype"), case, strict=True))
             if time.monotonic() > deadline:
-                yield {**about, "message": "out of time"}
+                yield {**about, "message": LATE}
                 continue
             try:
                 yield measure(case, device, seconds, bandwidth)
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", type=device_argument, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="only this one (may be repeated)")
     parser.add_argument("--seconds", type=duration, default=0.05, help="of a measurement")
-    parser.add_argument("--minutes", type=duration, default=MINUTES, help="start nothing after this long")
+    parser.add_argument("--minutes", type=duration, default=GPU_MINUTES, help="start nothing after this long")
     options = parser.parse_args(arguments)
     device: torch.device = options.device
     if device.type != "cuda":

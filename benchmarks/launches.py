@@ -37,6 +37,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# Not taken from benchmarks.cases: the compile report goes by a digest of this file, and that one holds much else.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 OBJECTIVES: dict[str, Objective] = {
     "complement_entropy": ComplementEntropyObjective(1.0, 1e-7),

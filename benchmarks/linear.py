@@ -27,8 +27,8 @@ import cot_kernels
 from benchmarks import reports, timing
 from benchmarks.arguments import at_least_one, device_argument, duration, output_file, thread_count
 from benchmarks.environment import environment
+from benchmarks.outcome import GPU_MINUTES, LATE, message_of
 from benchmarks.progress import progress
-from benchmarks.runner import LATE, message_of
 from cot_kernels import reference
 
 Shape: TypeAlias = tuple[int, int, int]  # rows, features, classes
@@ -43,7 +43,6 @@ GPU_SHAPES: tuple[Shape, ...] = (
 )
 PRODUCTS = "three products"
 ROUNDS = 5
-GPU_MINUTES = 9.0
 CHECKED_ROWS = 64
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 

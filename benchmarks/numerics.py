@@ -32,12 +32,12 @@ from torch import Tensor
 import cot_kernels
 from benchmarks import reports
 from benchmarks.arguments import output_file, thread_count
+from benchmarks.cases import DTYPES
 from benchmarks.environment import environment
 from cot_kernels import reference
 
 CASES = ((10, 512), (1000, 256), (32000, 32))  # (classes, rows)
 MARGINS = range(31)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COLORS = {"fp32": "#0072B2", "bf16": "#D55E00", "fp16": "#009E73"}  # of Okabe and Ito's palette
 STYLES: dict[str, dict[str, Any]] = {
     "published": {"linestyle": "--", "linewidth": 1.8},

@@ -4,7 +4,7 @@ A provider is a loss with reduction "mean". Those that another package brings ar
 that fails they are missing, and the rest is measured.
 
 Cut-cross-entropy is not here: it takes hidden states and a projection instead of logits, and counting it on logits
-would count a matrix product more than the others do.
+would count a matrix product more than the others do; :mod:`.linear` measures it.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ import torch._functorch.config
 
 from benchmarks import correctness, resources, roof, timing
 from benchmarks.cases import DTYPES, Case
+from benchmarks.outcome import LATE, message_of
 from benchmarks.providers import Loss, Provider
 
 # Never 1 alone: some implementations form the gradient for an upstream of 1 and pay when it is another.
 UPSTREAMS = (1.0, 0.37)
 COPY = "copy"
-LATE = "out of time"
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Ready:
     loss: Loss
     errors: dict[str, Any]
     memory: resources.Memory
-    alive: bool = field(default=True)  # until a measurement raises
+    alive: bool = True  # until a measurement raises
 
 
 def measurements(on_gpu: bool) -> tuple[Measurement, ...]:
@@ -103,10 +103,6 @@ def measurements(on_gpu: bool) -> tuple[Measurement, ...]:
         for mode in ("forward", "backward", "both")
         for upstream in ((None,) if mode == "forward" else UPSTREAMS)
     )
-
-
-def message_of(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
 
 
 def free_bytes(device: torch.device) -> int:

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import correctness, runner, timing
 from benchmarks.cases import GPU_PARTS, PARTS, Case
+from benchmarks.outcome import message_of
 from benchmarks.providers import PROVIDERS, Provider
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -34,7 +35,7 @@ def test_forward_and_backward(benchmark: Callable[..., Any], case: Case, provide
     try:
         loss = provider.load()
     except Exception as error:  # another package may raise anything while it is imported
-        pytest.skip(runner.message_of(error))
+        pytest.skip(message_of(error))
     buffers = timing.make_buffers(case, DTYPE, DEVICE)
     true = correctness.truth(provider.formula, buffers.logits[0], buffers.target[0])
     errors = correctness.errors(loss, buffers.logits[0], buffers.target[0], true)

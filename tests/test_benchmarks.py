@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from benchmarks import __main__ as suite
 from benchmarks import correctness, resources, runner, startup, timing
 from benchmarks.cases import DTYPES, PARTS, Case
+from benchmarks.outcome import LATE
 from benchmarks.providers import PROVIDERS, Provider
 from benchmarks.runner import Row, Settings
 
@@ -273,8 +274,8 @@ def test_nothing_is_started_after_the_deadline() -> None:
     settings = dataclasses.replace(SETTINGS, deadline=0.0)
     found = runner.run([CASE], ["fp32"], [provider(F.cross_entropy)], settings, lambda _: None, lambda _: None)
     assert [(row.provider, row.status, row.message) for row in found["results"]] == [
-        (runner.COPY, "skipped", runner.LATE),
-        ("measured", "skipped", runner.LATE),
+        (runner.COPY, "skipped", LATE),
+        ("measured", "skipped", LATE),
     ]
 
 
@@ -285,7 +286,7 @@ def test_what_there_was_no_time_for_is_written_too(tmp_path: Path) -> None:
     report = suite.main([*options, "--output", str(output)])
     written = json.loads(output.read_text())["results"]
     assert [(row["case"], row["provider"], row["message"]) for row in written] == [
-        (row.case, row.provider, runner.LATE) for row in report["results"]
+        (row.case, row.provider, LATE) for row in report["results"]
     ]
     assert {row["case"] for row in written} == {case.name for case in PARTS["quick"]}
 
