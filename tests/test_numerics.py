@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
-from benchmarks import numerics
+from benchmarks import numerics, readme
 from cot_kernels.objectives import ComplementEntropyObjective
 
 ROOT = Path(__file__).parents[1]
@@ -96,9 +96,5 @@ def test_balance_of_eps_and_cross_entropy(classes: int) -> None:
 
 
 def test_tables_are_those_of_the_committed_results() -> None:
-    try:
-        from benchmarks import readme
-    except ModuleNotFoundError as missing:  # the demo's table comes from the demo, which needs Lightning
-        pytest.skip(f"needs {missing.name}")
     for page in readme.PAGES:
         assert readme.filled(page) == page.read_text(), f"{page.name}: run make readme"
