@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import __main__ as suite
-from benchmarks import correctness, resources, runner, startup, timing
+from benchmarks import resources, runner, startup, timing
 from benchmarks.cases import DTYPES, PARTS, Case
 from benchmarks.outcome import LATE
 from benchmarks.providers import PROVIDERS, Provider
@@ -211,65 +211,6 @@ def test_logits_that_a_provider_overwrites_are_drawn_again() -> None:
     assert torch.equal(seen[0], drawn) and torch.equal(measured.buffers.logits[0], drawn)
 
 
-def test_memory_counts_what_is_alive() -> None:
-    """Three tensors of the size of the logits: one is held, and beside it the gradient and a temporary at the peak."""
-
-    class Holds(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
-            ctx.save_for_backward(logits.detach().clone())
-            return logits.new_zeros(())
-
-        @staticmethod
-        def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-            (held,) = ctx.saved_tensors
-            return held * 2 + upstream, None
-
-    logits = torch.randn(256, 1024, requires_grad=True)
-    found = resources.memory(Holds.apply, logits, torch.zeros(256, dtype=torch.long))
-    size = logits.numel() * 4
-    assert size <= found.held < size + 1000
-    assert 3 * size <= found.peak < 3 * size + 4000
-
-
-def test_steps_take_turns_through_the_buffers_and_warm_up_uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock that the steps alone move: 100 seconds in a call after another step's, and little in the next ones."""
-    now = 0.0
-    called: list[tuple[str, int]] = []
-
-    def step(name: str, seconds: float) -> timing.Step:
-        def run(index: int) -> None:
-            nonlocal now
-            now += seconds if called and called[-1][0] == name else 100.0
-            called.append((name, index))
-
-        return run
-
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now))
-    times = timing.host_times({"fast": step("fast", 1.0), "slow": step("slow", 2.0)}, buffers=3, rounds=2, seconds=8.0)
-    assert times == {"fast": [1.0] * 8, "slow": [2.0] * 4}  # 4 seconds of each in a round
-    a_round = [*(("fast", index) for index in (0, 1, 2, 0, 1)), *(("slow", index) for index in (0, 1, 2))]
-    assert called == [("fast", 0), ("fast", 0), ("slow", 0), ("slow", 0), *a_round, *a_round]
-
-
-def test_quantiles() -> None:
-    assert timing.quantile([3.0, 1.0, 2.0], 0.5) == 2
-    assert timing.quantile([0.0, 10.0], 0.2) == pytest.approx(2)
-    assert timing.quantile([7.0], 0.8) == 7
-
-
-def test_truth_is_the_formula_in_float64() -> None:
-    logits = torch.randn(100, 6).requires_grad_()
-    target = torch.randint(6, (100,))
-    true = correctness.truth(cross_entropy_sum, logits, target)
-    exact = logits.detach().double().requires_grad_()
-    loss = F.cross_entropy(exact, target)
-    (gradient,) = torch.autograd.grad(loss, exact)
-    assert true.loss == pytest.approx(float(loss.detach()), rel=1e-12)
-    torch.testing.assert_close(true.gradient, gradient[true.picked], rtol=1e-12, atol=0)
-    assert len(true.picked) == correctness.ROWS
-
-
 def test_nothing_is_started_after_the_deadline() -> None:
     settings = dataclasses.replace(SETTINGS, deadline=0.0)
     found = runner.run([CASE], ["fp32"], [provider(F.cross_entropy)], settings, lambda _: None, lambda _: None)
@@ -444,15 +385,3 @@ def test_quick_suite_on_the_gpu(tmp_path: Path) -> None:
     rows = [row for row in report["results"] if row.provider in ours]
     assert {row.status for row in rows} == {"ok"}, [row for row in rows if row.status != "ok"]
     assert {row.graph for row in rows} == {False, True}
-
-
-def test_memory_is_not_what_the_process_allocates_beside_a_loss() -> None:
-    """A module loaded late, a log that grows: counted once in some calls, and so no provider's memory."""
-    log: list[bytes] = []
-
-    def loss(logits: Tensor, target: Tensor) -> Tensor:
-        log.append(bytes(10 if len(log) % 2 else 100_000))
-        return F.cross_entropy(logits, target)
-
-    found = resources.memory(loss, torch.randn(16, 10, requires_grad=True), torch.randint(10, (16,)))
-    assert 0 < found.held < found.peak < 50_000
