@@ -8,7 +8,7 @@ import torch
 from kernel_runs import DEVICE, some
 from torch import Tensor
 
-from cot_kernels import complement_cross_entropy
+from cot_kernels import complement_cross_entropy, complement_entropy
 from cot_kernels.backends.triton import backend, launch, layout
 from cot_kernels.objectives import CrossEntropyObjective
 
@@ -192,6 +192,25 @@ def test_rows_in_turn(classes: int, dtype: torch.dtype, monkeypatch: pytest.Monk
     mean, saved = backend.loss(logits, target, -100, objective, "mean")
     assert saved[1][-1].item() == pytest.approx(1 / (rows - 2))
     torch.testing.assert_close(mean, losses.sum() / (rows - 2), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("device", [pytest.param("triton", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize("turns", [1, 2, 3, 4])
+@pytest.mark.parametrize("classes", [4096, 20001])
+def test_tiles_that_one_program_takes_in_turn(
+    turns: int, classes: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "choose_turns", lambda *sizes: turns)
+    logits, target = oracle.draw(3, classes, None)
+    target[1] = -100
+    leaf = logits.float().to(device).requires_grad_()
+    loss = complement_entropy(leaf, target.to(device))
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    kept = logits[::2].requires_grad_()
+    true = oracle.complement_entropy(kept, target[::2])
+    assert loss.item() == pytest.approx(true.item(), abs=1e-7)
+    assert oracle.relative_error(gradient[::2], torch.autograd.grad(true, kept)[0]) < 2e-6
+    assert not gradient[1].any()
 
 
 @pytest.mark.gpu
