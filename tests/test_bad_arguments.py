@@ -8,6 +8,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from linear_problems import problem
 from oracle import draw
 
 import cot_kernels
@@ -115,3 +116,44 @@ def test_numbers_of_numpy_are_numbers() -> None:
     logits, target = draw(4, 6, None)
     expected = cot_kernels.complement_entropy(logits, target, eps=1e-3)
     assert cot_kernels.complement_entropy(logits, target, eps=numpy.float64(1e-3)) == expected  # type: ignore[arg-type]
+
+
+BAD_LINEAR: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"input": 3}, TypeError, "input must be a Tensor, got int"),
+    (
+        {"input": torch.zeros(13, 8, dtype=torch.long)},
+        TypeError,
+        "input must be float32, .* hidden states, got torch.int64",
+    ),
+    ({"input": torch.tensor(1.0)}, ValueError, "input must have shape .* got a scalar"),
+    ({"linear_weight": torch.zeros(37, 9)}, ValueError, r"linear_weight must have shape \(K, 8\) .* got \(37, 9\)"),
+    ({"linear_weight": torch.zeros(8)}, ValueError, r"linear_weight must have shape \(K, 8\)"),
+    ({"linear_weight": torch.zeros(1, 8)}, ValueError, "linear_weight must have at least 2 classes, got 1"),
+    ({"linear_weight": torch.zeros(37, 8).double()}, TypeError, "linear_weight must have the dtype of input"),
+    ({"linear_weight": None}, TypeError, "linear_weight must be a Tensor, got NoneType"),
+    ({"linear_bias": torch.zeros(36)}, ValueError, r"linear_bias must have shape \(37,\)"),
+    ({"linear_bias": [0.0]}, TypeError, "linear_bias must be a Tensor, got list"),
+    ({"target": torch.zeros(12).long()}, ValueError, r"target must have shape \(13,\)"),
+    ({"target": torch.zeros(13, 37)}, TypeError, "class probabilities are not supported"),
+    ({"target": torch.zeros(13).long().to("meta")}, ValueError, "input and target must be on one device"),
+    ({"reduction": "average"}, ValueError, "reduction must be one of mean, sum, none, got 'average'"),
+    ({"normalization": "K"}, ValueError, "normalization must be one of"),
+    ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int, got float"),
+    ({"memory_budget": 0}, ValueError, "memory_budget must be at least 1 byte, got 0"),
+    ({"memory_budget": 1e6}, TypeError, "memory_budget must be None or an int, in bytes, got float"),
+    ({"gamma": float("nan")}, ValueError, "gamma must be finite, got nan"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_LINEAR, ids=lambda value: str(value)[:40])
+def test_bad_arguments_of_the_linear_losses(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    input, weight, bias, target = problem(dtype=torch.float32)
+    arguments: dict[str, Any] = {"input": input, "linear_weight": weight, "target": target, "linear_bias": bias}
+    with pytest.raises(error, match=message):
+        cot_kernels.linear_complement_cross_entropy(**{**arguments, **change})
+
+
+def test_bad_eps_of_the_linear_losses() -> None:
+    input, weight, _, target = problem()
+    with pytest.raises(ValueError, match="eps must be at least 0, got -1"):
+        cot_kernels.linear_complement_entropy(input, weight, target, eps=-1)

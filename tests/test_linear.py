@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from linear_problems import each_loss, fused, gradients, problem, unfused
 from meter import Meter
 from oracle import relative_error
 from torch import Tensor, nn
@@ -17,59 +16,6 @@ from torch.nn.functional import linear
 import cot_kernels
 from cot_kernels import LinearComplementCrossEntropy, LinearComplementEntropy, projection
 from cot_kernels.backends import aten
-
-FAMILY: dict[str, tuple[Callable[..., Any], Callable[..., Tensor], dict[str, Any]]] = {
-    "cross-entropy": (cot_kernels.linear_complement_cross_entropy, cot_kernels.complement_cross_entropy, {"gamma": 0}),
-    "complement cross-entropy": (
-        cot_kernels.linear_complement_cross_entropy,
-        cot_kernels.complement_cross_entropy,
-        {"gamma": -2.0, "normalization": "none"},
-    ),
-    "complement entropy": (cot_kernels.linear_complement_entropy, cot_kernels.complement_entropy, {}),
-    "exact complement entropy": (
-        cot_kernels.linear_complement_entropy,
-        cot_kernels.complement_entropy,
-        {"eps": 0.0, "normalization": "entropy"},
-    ),
-}
-each_loss = pytest.mark.parametrize("name", FAMILY)
-
-
-def fused(name: str, **options: Any) -> Callable[..., Any]:
-    function, _, arguments = FAMILY[name]
-    return partial(function, **arguments, **options)
-
-
-def unfused(name: str, **options: Any) -> Callable[..., Tensor]:
-    _, function, arguments = FAMILY[name]
-
-    def loss(input: Tensor, weight: Tensor, target: Tensor, linear_bias: Tensor | None = None) -> Tensor:
-        logits = linear(input, weight, linear_bias)
-        return function(logits.movedim(-1, 1) if logits.dim() > 2 else logits, target, **arguments, **options)
-
-    return loss
-
-
-def problem(
-    rows: int = 13, features: int = 8, classes: int = 37, dtype: torch.dtype = torch.float64, device: Any = "cpu"
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states, weight, bias and targets, of which every third is ignored."""
-    generator = torch.Generator().manual_seed(0)
-    input, weight, bias = (
-        torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
-        for shape in ((rows, features), (classes, features), (classes,))
-    )
-    target = torch.randint(classes, (rows,), generator=generator).to(device)
-    target[1::3] = -100
-    return input, weight, bias, target
-
-
-def gradients(loss: Callable[..., Tensor], *tensors: Tensor, target: Tensor, upstream: Tensor | None = None) -> Any:
-    """The value, and the gradients of input, weight and, where given, bias."""
-    leaves = [each.detach().requires_grad_() for each in tensors]
-    value = loss(*leaves[:2], target, linear_bias=leaves[2] if len(leaves) > 2 else None)
-    return value.detach(), torch.autograd.grad(value, leaves, upstream)
-
 
 # Bytes for logits: one row a chunk, a few, all.
 budgets = pytest.mark.parametrize("memory_budget", [1, 37 * 8 * 5, None])
@@ -263,40 +209,6 @@ def test_memory_under_autocast() -> None:
     assert gradients + weight.nbytes // 2 < meter.peak <= budget + gradients + weight.nbytes // 2 + scratch
 
 
-def test_a_traced_loss_can_be_differentiated_twice() -> None:
-    """Or the gradient of a gradient penalty would be that of the loss alone, without a word."""
-    input, weight, _, target = problem(rows=6, features=5, classes=9)
-
-    def penalised(loss: Any) -> list[Tensor]:
-        leaves = [each.detach().clone().requires_grad_() for each in (input, weight)]
-        value = loss(*leaves)
-        (gradient,) = torch.autograd.grad(value, leaves[0], create_graph=True)
-        return list(torch.autograd.grad(value + gradient.square().sum(), leaves))
-
-    def loss(input: Tensor, weight: Tensor) -> Any:
-        return cot_kernels.linear_complement_cross_entropy(input, weight, target)
-
-    expected = penalised(loss)
-    for got, true in zip(penalised(torch.jit.trace(loss, (input, weight))), expected, strict=True):  # type: ignore[no-untyped-call]
-        torch.testing.assert_close(got, true)
-
-
-def test_any_budget_in_compiled_code() -> None:
-    input, weight, _, target = problem(rows=6, features=5, classes=9)
-    loss = partial(cot_kernels.linear_complement_cross_entropy, target=target, memory_budget=2**70)
-    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(input, weight), loss(input, weight))
-
-
-@pytest.mark.parametrize("wide", [0, 1])
-def test_autocast_leaves_float64_as_it_is(wide: int) -> None:
-    """As torch.nn.functional.linear does, which then refuses other factors."""
-    tensors = list(problem(rows=6, features=5, classes=9, dtype=torch.float32)[:2])
-    tensors[wide] = tensors[wide].double()
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="which casts all but float64"):
-        cot_kernels.linear_complement_cross_entropy(*tensors, torch.zeros(6, dtype=torch.int64))
-
-
 def test_shapes(device: torch.device) -> None:
     input, weight, bias, target = problem(rows=12, device=device)
     flat = cot_kernels.linear_complement_entropy(input, weight, target, linear_bias=bias, reduction="none")
@@ -331,125 +243,6 @@ def test_targets_out_of_range() -> None:
         cot_kernels.linear_complement_cross_entropy(input, weight, target)
 
 
-def test_autocast() -> None:
-    """The products in bfloat16, the sum of the weight's gradient in the weight's own float32."""
-    *tensors, target = problem(rows=64, classes=200, dtype=torch.float32)
-    _, true = gradients(unfused("complement cross-entropy"), *(each.double() for each in tensors), target=target)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        value, got = gradients(fused("complement cross-entropy", memory_budget=200 * 2 * 16), *tensors, target=target)
-        other, expected = gradients(unfused("complement cross-entropy"), *tensors, target=target)
-    assert value.dtype == torch.float32 and all(each.dtype == torch.float32 for each in got)
-    torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-3)
-    for mine, others, truth in zip(got, expected, true, strict=True):
-        assert 1e-5 < relative_error(mine, truth) <= 2 * relative_error(others, truth)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(reentrant: bool) -> None:
-    input, weight, bias, target = problem()
-
-    def loss(input: Tensor, weight: Tensor, target: Tensor, linear_bias: Tensor) -> Tensor:
-        call = fused("complement cross-entropy")
-        return torch.utils.checkpoint.checkpoint(
-            lambda *args: call(*args[:2], target, linear_bias=args[2]),
-            input,
-            weight,
-            linear_bias,
-            use_reentrant=reentrant,
-        )
-
-    expected = gradients(fused("complement cross-entropy"), input, weight, bias, target=target)
-    leaves = [each.requires_grad_() for each in (input, weight, bias)]
-    value = loss(input, weight, target, bias)
-    value.backward()
-    torch.testing.assert_close((value, tuple(each.grad for each in leaves)), expected)
-
-
-class LanguageModel(nn.Module):
-    """An embedding that is the projection as well."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding = nn.Embedding(37, 8)
-        self.mix = nn.Linear(8, 8)
-        self.double()
-
-    def forward(self, words: Tensor, target: Tensor, fuse: bool) -> Tensor:
-        hidden = self.mix(self.embedding(words)).tanh()
-        loss = (fused if fuse else unfused)("complement cross-entropy")(hidden, self.embedding.weight, target)
-        assert isinstance(loss, Tensor)
-        return loss
-
-
-def batch_of(rank: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(rank)
-    words, target = (torch.randint(37, (9,), generator=generator) for _ in range(2))
-    target[2:6:2] = -100  # as many on every rank: DistributedDataParallel averages the ranks' means
-    return words, target
-
-
-def _rank(rank: int, meeting_point: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=2)
-    try:
-        parallel = nn.parallel.DistributedDataParallel(LanguageModel())
-        parallel(*batch_of(rank), fuse=True).backward()
-        alone = LanguageModel()
-        alone(*(torch.cat(each) for each in zip(batch_of(0), batch_of(1), strict=True)), fuse=False).backward()
-        for got, expected in zip(parallel.parameters(), alone.parameters(), strict=True):
-            torch.testing.assert_close(got.grad, expected.grad)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed support")
-def test_distributed_data_parallel(tmp_path: Path) -> None:
-    """The gradients of two processes are those of one with both batches; the weight is tied."""
-    torch.multiprocessing.spawn(_rank, args=(f"file://{tmp_path}/meeting_point",), nprocs=2)
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiled(backend: str, reduction: str) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(fused("complement cross-entropy", reduction=reduction), fullgraph=True, backend=backend)
-    for rows in (9, 13):
-        *tensors, target = problem(rows=rows, dtype=torch.float32)
-        upstream = None if reduction == "mean" else torch.rand(rows)
-        torch.testing.assert_close(
-            gradients(compiled, *tensors, target=target, upstream=upstream),
-            gradients(
-                unfused("complement cross-entropy", reduction=reduction), *tensors, target=target, upstream=upstream
-            ),
-        )
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("wanted", [[True, True, True], [False, True, False], [False, False, False]])
-def test_the_operator_follows_its_own_rules(wanted: list[bool]) -> None:
-    *tensors, target = problem(dtype=torch.float32)
-    tensors = [each.requires_grad_(any(wanted)) for each in tensors] if all(wanted) or not any(wanted) else tensors
-    arguments = (*tensors, target, None, -100, "cross_entropy", [1.0, 0.5], 4096, torch.float32, wanted)
-    torch.library.opcheck(torch.ops.cot_kernels.linear_loss.default, arguments)
-
-
-def test_transforms_take_the_unfused_way() -> None:
-    input, weight, _, target = problem()
-    loss = cot_kernels.linear_complement_cross_entropy
-    torch.testing.assert_close(
-        torch.func.grad(loss, argnums=(0, 1))(input, weight, target), gradients(loss, input, weight, target=target)[1]
-    )
-    rows = torch.func.vmap(partial(loss, reduction="sum"), in_dims=(0, None, 0))(input, weight, target)
-    torch.testing.assert_close(rows, loss(input, weight, target, reduction="none"))
-    _, derivative = torch.func.jvp(lambda x: loss(x, weight, target), (input,), (torch.ones_like(input),))
-    torch.testing.assert_close(derivative, gradients(loss, input, weight, target=target)[1][0].sum())
-    assert loss(input.to("meta"), weight.to("meta"), target.to("meta")).shape == ()
-    parts = torch.func.vmap(partial(loss, reduction="sum", return_parts=True), in_dims=(0, None, 0))(
-        input, weight, target
-    )
-    torch.testing.assert_close(parts.cross_entropy, loss(input, weight, target, gamma=0, reduction="none"))
-
-
 @pytest.mark.parametrize(
     ("module", "function"),
     [
@@ -472,47 +265,6 @@ def test_chunks_fit_the_budget_and_are_even() -> None:
     assert projection.chunk_rows(4096, 50257, 4, 128 << 20) * 50257 * 4 <= 128 << 20
     assert projection.chunk_rows(1000, 10, 4, 400 * 40) == 334  # 3 chunks, not 400, 400 and 200
     assert projection.chunk_rows(10, 10, 4, 1) == 1 and projection.chunk_rows(0, 10, 4, 1) == 1
-
-
-BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"input": 3}, TypeError, "input must be a Tensor, got int"),
-    (
-        {"input": torch.zeros(13, 8, dtype=torch.long)},
-        TypeError,
-        "input must be float32, .* hidden states, got torch.int64",
-    ),
-    ({"input": torch.tensor(1.0)}, ValueError, "input must have shape .* got a scalar"),
-    ({"linear_weight": torch.zeros(37, 9)}, ValueError, r"linear_weight must have shape \(K, 8\) .* got \(37, 9\)"),
-    ({"linear_weight": torch.zeros(8)}, ValueError, r"linear_weight must have shape \(K, 8\)"),
-    ({"linear_weight": torch.zeros(1, 8)}, ValueError, "linear_weight must have at least 2 classes, got 1"),
-    ({"linear_weight": torch.zeros(37, 8).double()}, TypeError, "linear_weight must have the dtype of input"),
-    ({"linear_weight": None}, TypeError, "linear_weight must be a Tensor, got NoneType"),
-    ({"linear_bias": torch.zeros(36)}, ValueError, r"linear_bias must have shape \(37,\)"),
-    ({"linear_bias": [0.0]}, TypeError, "linear_bias must be a Tensor, got list"),
-    ({"target": torch.zeros(12).long()}, ValueError, r"target must have shape \(13,\)"),
-    ({"target": torch.zeros(13, 37)}, TypeError, "class probabilities are not supported"),
-    ({"target": torch.zeros(13).long().to("meta")}, ValueError, "input and target must be on one device"),
-    ({"reduction": "average"}, ValueError, "reduction must be one of mean, sum, none, got 'average'"),
-    ({"normalization": "K"}, ValueError, "normalization must be one of"),
-    ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int, got float"),
-    ({"memory_budget": 0}, ValueError, "memory_budget must be at least 1 byte, got 0"),
-    ({"memory_budget": 1e6}, TypeError, "memory_budget must be None or an int, in bytes, got float"),
-    ({"gamma": float("nan")}, ValueError, "gamma must be finite, got nan"),
-]
-
-
-@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=lambda value: str(value)[:40])
-def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    input, weight, bias, target = problem(dtype=torch.float32)
-    arguments: dict[str, Any] = {"input": input, "linear_weight": weight, "target": target, "linear_bias": bias}
-    with pytest.raises(error, match=message):
-        cot_kernels.linear_complement_cross_entropy(**{**arguments, **change})
-
-
-def test_bad_eps() -> None:
-    input, weight, _, target = problem()
-    with pytest.raises(ValueError, match="eps must be at least 0, got -1"):
-        cot_kernels.linear_complement_entropy(input, weight, target, eps=-1)
 
 
 @pytest.mark.parametrize("rows", [64, 300])
