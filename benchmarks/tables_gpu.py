@@ -94,10 +94,14 @@ def gpu_variants_table() -> str:
             ratios.setdefault(name, []).append(row[f"before_{name}_us"] / row[f"{name}_us"])
     lines = ["| change | | classes | loss | gradient |", "|---|---|---:|---:|---:|"]
     for (change, dtype, layout), ratios in found.items():
-        classes = f"{min(ratios['classes']):,} to {max(ratios['classes']):,}".replace("128,256 to 128,256", "128,256")
+        classes = span(min(ratios["classes"]), max(ratios["classes"]))
         ranges = " | ".join(f"{min(ratios[name]):.2f} to {max(ratios[name]):.2f}" for name in ("loss", "backward"))
         lines.append(f"| {change} | {dtype}, {layout} | {classes} | {ranges} |")
     return "\n".join([*lines, "", gpu_note(report["environment"], GPU_VARIANTS.name)])
+
+
+def span(low: float, high: float) -> str:
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def gpu_host_table() -> str:
