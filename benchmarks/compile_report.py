@@ -25,7 +25,7 @@ import triton
 
 from benchmarks import reports
 from benchmarks.arguments import at_least_one, needs_the_compiler, output_file
-from benchmarks.bounds import GPUS, Prediction, predict, programs_at_once, warps_at_most
+from benchmarks.bounds import GPUS, Prediction, Work, predict, programs_at_once, warps_at_most
 from benchmarks.environment import environment
 from benchmarks.launches import DTYPES, TARGETS, Case, Launch, cases, launches
 from benchmarks.machine_code import Program, parse_gcn, parse_sass
@@ -160,20 +160,22 @@ def work_of(case: Case, launch: Launch, program: Program, registers: int) -> dic
     if target.startswith("gfx"):  # one of its ways is there and never taken: the longest for both
         target_tile = end_tile
     a_tile = path.turn + (target_tile - path.turn + min(cut, row_tiles - 1) * (end_tile - path.turn)) / row_tiles
-    executed = (path.once + turns * ((path.around or 0) + tiles * a_tile)) / logits
-    special = (path.once_special + turns * (path.around_special + tiles * path.turn_special)) / logits
+    executed = path.once + turns * ((path.around or 0) + tiles * a_tile)  # by a thread
+    special = path.once_special + turns * (path.around_special + tiles * path.turn_special)
     # The second loop over a long row reads what is in the L2 cache.
     first_waits, near_waits = path.waits[0], sum(path.waits[1:])
     waits = path.waits_once + turns * (path.waits_around + tiles * first_waits)
-    here = logits * threads * programs  # on a multiprocessor
     moved, of_row = itemsize * MOVED[launch.kernel], bytes_of_a_row(launch)
+    work = Work(
+        programs * warps, logits, executed, special, waits, turns * tiles * near_waits, moved, of_row / case.classes
+    )
     in_flight = programs * threads * held * itemsize // max(1, *path.waits)
     return found | {
         "loop_per_logit": round(path.turn / held, 2),
         "loop_special_per_logit": round(path.turn_special / held, 2),
         "a_row": path.around,
         "once": path.once,
-        "executed_per_logit": round(executed, 2),
+        "executed_per_logit": round(executed / logits, 2),
         "target_per_logit": round(target_tile / held, 2) if long else None,
         "end_per_logit": round(end_tile / held, 2) if long else None,
         "off_path": len(program.instructions) - path.turn - (path.around or 0) - path.once,
@@ -182,13 +184,7 @@ def work_of(case: Case, launch: Launch, program: Program, registers: int) -> dic
         "waits_beside": path.waits_around + path.waits_once,
         "logit_bytes": moved,
         "row_bytes": of_row,
-        "predicted": tuple(
-            predict(
-                gpu, moved, of_row / case.classes, waits / here, turns * tiles * near_waits / here, executed, special
-            )
-            for gpu in GPUS
-            if gpu.target == target
-        ),
+        "predicted": tuple(predict(gpu, work) for gpu in GPUS if gpu.target == target),
     }
 
 
