@@ -12,80 +12,19 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
+from ptx_arithmetic import BINARY, COMPARE, Array, arithmetic, dtype_of, permuted, to_bfloat16, to_half, unsigned
 from ptx_code import Instruction, parse
 from ptx_memory import ACCESS, Memory, Races
 
-Array: TypeAlias = NDArray[Any]
 # Which threads execute an instruction: mostly all of them, and then nothing need be gathered and put back.
 Threads: TypeAlias = "Array | slice"
 
 WARP = 32
 EVERYONE = slice(None)
-
-_SIZES = {"8": 1, "16": 2, "32": 4, "64": 8, "16x2": 4, "32x2": 8}
-
-
-def _dtype(suffix: str) -> np.dtype[Any]:
-    """Of an operand of type b32, s64, f32 and the like."""
-    kind, bits = suffix[0], suffix[1:]
-    return np.dtype(f"{ {'b': 'u', 'u': 'u', 's': 'i', 'f': 'f'}[kind] }{_SIZES[bits]}")
-
-
-def _unsigned(size: int) -> np.dtype[Any]:
-    return np.dtype(f"u{size}")
-
-
-def _bfloat16(value: Array) -> Array:
-    """float32 rounded to nearest even, as its upper 16 bits."""
-    bits = value.view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(value), 0x7FFF, rounded).astype(np.uint16)
-
-
-def _half(value: Array) -> Array:
-    return value.astype(np.float16).view(np.uint16)
-
-
-def _flushed(value: Array) -> Array:
-    return np.where(np.abs(value) < np.finfo(np.float32).tiny, value * np.float32(0), value)
-
-
-def _shift(value: Array, by: Array, left: bool) -> Array:
-    """Shifts by as many bits as there are, or more, leave zeros, or the sign."""
-    bits = value.dtype.itemsize * 8
-    kept = np.minimum(by, bits - 1).astype(value.dtype)
-    if left:
-        return np.where(by < bits, value << kept, 0)
-    return np.where((by < bits) | (value.dtype.kind == "i"), value >> kept, 0)
-
-
-def _permuted(eight: Array, selector: Array) -> Array:
-    """Four of eight bytes, or where the selector asks for it their signs, one for every digit of it."""
-    result = np.zeros(np.broadcast_shapes(eight.shape, selector.shape), np.uint32)
-    for at in range(4):
-        digit = selector >> np.uint64(4 * at)
-        byte = (eight >> np.uint64(8) * (digit & np.uint64(7))) & np.uint64(0xFF)
-        sign = np.where(byte & np.uint64(0x80), np.uint64(0xFF), np.uint64(0))
-        byte = np.where(digit & np.uint64(8), sign, byte)
-        result |= (byte << np.uint64(8 * at)).astype(np.uint32)
-    return result
-
-
-_COMPARE: dict[str, Callable[[Array, Array], Array]] = {
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
-    "equ": lambda a, b: ~((a < b) | (a > b)), "neu": lambda a, b: ~(a == b), "ltu": lambda a, b: ~(a >= b),
-    "leu": lambda a, b: ~(a > b), "gtu": lambda a, b: ~(a <= b), "geu": lambda a, b: ~(a < b),
-    "nan": lambda a, b: np.isnan(a) | np.isnan(b), "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
-}  # fmt: skip
-
-_BINARY: dict[str, Callable[[Array, Array], Array]] = {
-    "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-}  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
@@ -96,7 +35,7 @@ def _constant(operand: str, dtype: np.dtype[Any]) -> Array:
     hexadecimal = re.fullmatch(r"0[fd]([0-9A-Fa-f]+)", operand)  # of a number, and as wide as that
     mask = (1 << 8 * dtype.itemsize) - 1
     bits = int(hexadecimal[1], 16) if hexadecimal else int(operand.rstrip("U"), 0) & mask
-    constant = np.full(1, bits, _unsigned(dtype.itemsize)).view(dtype)
+    constant = np.full(1, bits, unsigned(dtype.itemsize)).view(dtype)
     constant.flags.writeable = False
     return constant
 
@@ -205,7 +144,7 @@ class Machine:
             if kind == "%p":
                 raise NotImplementedError(f"{name} is read, and was never written")
             size = {"%rs": 2, "%r": 4, "%f": 4, "%rd": 8, "%fd": 8}[kind]
-            self.registers[name] = np.full(self.lanes, -1 & ((1 << 8 * size) - 1), _unsigned(size))
+            self.registers[name] = np.full(self.lanes, -1 & ((1 << 8 * size) - 1), unsigned(size))
         return self.registers[name]
 
     def _value(self, operand: str, dtype: np.dtype[Any], active: Threads) -> Array:
@@ -215,12 +154,12 @@ class Machine:
             raw = self._register(operand)[active]
             if raw.dtype == np.bool_ or raw.dtype.itemsize == dtype.itemsize:
                 return raw if raw.dtype == np.bool_ else raw.view(dtype)
-            return raw.astype(_unsigned(dtype.itemsize)).view(dtype)
+            return raw.astype(unsigned(dtype.itemsize)).view(dtype)
         return _constant(operand, dtype)
 
     def _halves(self, operand: str, half: np.dtype[Any], active: Threads) -> Array:
         """Both of a packed operand, thread after thread."""
-        packed = self._value(operand, _unsigned(2 * half.itemsize), active)
+        packed = self._value(operand, unsigned(2 * half.itemsize), active)
         return np.ascontiguousarray(np.broadcast_to(packed, self._count(active))).view(half)
 
     def _predicate(self, operand: str, active: Threads) -> Array:
@@ -230,7 +169,7 @@ class Machine:
     def _set(self, operand: str, value: Array, active: Threads) -> None:
         if operand == "_":
             return
-        value = value if value.dtype == np.bool_ else value.view(_unsigned(value.dtype.itemsize))
+        value = value if value.dtype == np.bool_ else value.view(unsigned(value.dtype.itemsize))
         if operand not in self.registers:
             # In lanes that did not write it as well; but a predicate holds no more than False.
             held = np.zeros(self.lanes, value.dtype)
@@ -266,11 +205,11 @@ class Machine:
         elif name == "mov":
             self._move(operands, kind, active)
         elif name == "setp":
-            dtype = _dtype(kind)
+            dtype = dtype_of(kind)
             a, b = (self._value(each, dtype, active) for each in operands[1:3])
-            self._set(operands[0], _COMPARE[modifiers[0]](a, b), active)
+            self._set(operands[0], COMPARE[modifiers[0]](a, b), active)
         elif name == "selp":
-            a, b = (self._value(each, _dtype(kind), active) for each in operands[1:3])
+            a, b = (self._value(each, dtype_of(kind), active) for each in operands[1:3])
             self._set(operands[0], np.where(self._predicate(operands[3], active), a, b), active)
         elif name == "cvt":
             self._convert(operands, modifiers, active)
@@ -282,26 +221,24 @@ class Machine:
             self._set(operands[0], self.registers[operands[1]][source], active)
         elif name == "prmt":
             a, b, selector = (self._value(each, np.dtype("u4"), active).astype(np.uint64) for each in operands[1:])
-            self._set(operands[0], _permuted(a | (b << np.uint64(32)), selector), active)
+            self._set(operands[0], permuted(a | (b << np.uint64(32)), selector), active)
         elif name == "redux":
             pick = {("max", False): np.fmax, ("max", True): np.maximum}[modifiers[1], "NaN" in modifiers]
-            warps = self.registers[operands[1]].view(_dtype(kind)).reshape(-1, WARP)
+            warps = self.registers[operands[1]].view(dtype_of(kind)).reshape(-1, WARP)
             self._set(operands[0], np.repeat(pick.reduce(warps, axis=1), WARP)[active], active)
         elif kind == "pred":
             values = [self._predicate(each, active) for each in operands[1:]]
-            self._set(operands[0], ~values[0] if name == "not" else _BINARY[name](*values), active)
+            self._set(operands[0], ~values[0] if name == "not" else BINARY[name](*values), active)
         elif kind == "bf16x2":
             values = [self._halves(each, np.dtype("u2"), active) for each in operands[1:]]
             wide = [(each.astype(np.uint32) << 16).view(np.float32) for each in values]
-            halves = (self._arithmetic(name, modifiers, wide).view(np.uint32) >> 16).astype(np.uint16)
+            halves = (arithmetic(name, modifiers, wide).view(np.uint32) >> 16).astype(np.uint16)
             self._set(operands[0], halves.view(np.uint32), active)
         elif kind.endswith("x2"):
             # Two lanes of a packed register, each in its own half.
-            single = np.dtype(f"{_dtype(kind[:-2]).str}")
+            single = np.dtype(f"{dtype_of(kind[:-2]).str}")
             whole = [self._halves(each, single, active) for each in operands[1:]]
-            self._set(
-                operands[0], self._arithmetic(name, modifiers, whole).view(_unsigned(2 * single.itemsize)), active
-            )
+            self._set(operands[0], arithmetic(name, modifiers, whole).view(unsigned(2 * single.itemsize)), active)
         elif name in ("add", "sub") and modifiers[-2:] in (
             ["f32", "f16"],
             ["f32", "bf16"],
@@ -309,60 +246,17 @@ class Machine:
             bits = self._value(operands[1], np.dtype("u2"), active)
             wide = (bits.astype(np.uint32) << 16).view(np.float32)
             first = wide if kind == "bf16" else bits.view(np.float16).astype(np.float32)
-            self._set(operands[0], _BINARY[name](first, self._value(operands[2], np.dtype("f4"), active)), active)
+            self._set(operands[0], BINARY[name](first, self._value(operands[2], np.dtype("f4"), active)), active)
         elif name in ("mul", "mad") and modifiers[0] == "wide":
-            dtype, wide = _dtype(kind), np.dtype(f"{_dtype(kind).kind}{2 * _dtype(kind).itemsize}")
+            dtype, wide = dtype_of(kind), np.dtype(f"{dtype_of(kind).kind}{2 * dtype_of(kind).itemsize}")
             result = self._value(operands[1], dtype, active).astype(wide) * self._value(operands[2], dtype, active)
             self._set(operands[0], result + self._value(operands[3], wide, active) if name == "mad" else result, active)
         else:
-            dtype = _dtype(kind)
+            dtype = dtype_of(kind)
             amount = np.dtype("u4")
             dtypes = [dtype, amount, amount] if name in ("shl", "shr", "bfe") else [dtype] * 3
             values = [self._value(each, of, active) for each, of in zip(operands[1:], dtypes, strict=False)]
-            self._set(operands[0], self._arithmetic(name, modifiers, values), active)
-
-    def _arithmetic(self, name: str, modifiers: list[str], values: list[Array]) -> Array:
-        """Of which ``ftz`` takes subnormal numbers for zeros, before and after."""
-        flush = "ftz" in modifiers and values[0].dtype == np.float32
-        result = self._exact(name, modifiers, [_flushed(each) for each in values] if flush else values)
-        return _flushed(result) if flush else result
-
-    def _exact(self, name: str, modifiers: list[str], values: list[Array]) -> Array:
-        if name in _BINARY:
-            first, second = values
-            return _BINARY[name](first, second)
-        if name in ("shl", "shr"):
-            return _shift(*values, left=name == "shl")
-        first, dtype = values[0], values[0].dtype
-        if name == "mul":
-            return first * values[1]
-        if name == "fma":  # the product is not rounded: float64 holds that of two float32
-            wider = np.float64 if dtype == np.float32 else np.longdouble
-            return (first.astype(wider) * values[1] + values[2]).astype(dtype)
-        if name == "mad":
-            return first * values[1] + values[2]
-        if name in ("max", "min"):
-            propagates = dtype.kind != "f" or "NaN" in modifiers
-            pick = {"max": (np.fmax, np.maximum), "min": (np.fmin, np.minimum)}[name][propagates]
-            picked: Array = functools.reduce(pick, values)  # of two, or of three
-            return picked
-        if name == "div" and dtype.kind == "f":
-            huge = ("approx" in modifiers) & (np.abs(values[1]) > 2.0**126) & np.isfinite(first)
-            return np.where(huge, first * 0, first / values[1])
-        if name in ("div", "rem") and dtype.kind != "f":  # towards zero
-            quotient = np.where(values[1] != 0, np.trunc(first / np.where(values[1] == 0, 1, values[1])), 0)
-            quotient = quotient.astype(dtype)
-            return quotient if name == "div" else first - quotient * values[1]
-        if name == "bfe":
-            _, start, length = values
-            bits = 8 * dtype.itemsize
-            above = _shift(first, np.maximum(bits - start.astype(np.int64) - length, 0).astype(np.uint32), left=True)
-            return _shift(above, (bits - length.astype(np.int64)).astype(np.uint32), left=False)
-        unary: dict[str, Callable[[Array], Array]] = {
-            "neg": np.negative, "not": np.invert, "abs": np.abs, "rcp": np.reciprocal, "sqrt": np.sqrt,
-            "ex2": np.exp2, "lg2": np.log2,
-        }  # fmt: skip
-        return unary[name](first)
+            self._set(operands[0], arithmetic(name, modifiers, values), active)
 
     def _matrix(self, name: str, modifiers: list[str], operands: Sequence[str], active: Threads) -> None:
         """8 x 8 matrices of 16 bits in shared memory: eight threads have the addresses of the rows of each, and every
@@ -389,16 +283,16 @@ class Machine:
 
     def _move(self, operands: Sequence[str], kind: str, active: Threads) -> None:
         to, source = operands
-        whole = _unsigned(_dtype(kind).itemsize)
+        whole = unsigned(dtype_of(kind).itemsize)
         if to.startswith("{"):
             parts = [each.strip() for each in to.strip("{}").split(",")]
-            piece = _unsigned(whole.itemsize // len(parts))
+            piece = unsigned(whole.itemsize // len(parts))
             halves = self._value(source, whole, active).view(piece).reshape(-1, len(parts))
             for index, part in enumerate(parts):
                 self._set(part, np.ascontiguousarray(halves[:, index]), active)
         elif source.startswith("{"):
             parts = [each.strip() for each in source.strip("{}").split(",")]
-            piece = _unsigned(whole.itemsize // len(parts))
+            piece = unsigned(whole.itemsize // len(parts))
             joined = np.empty((self._count(active), len(parts)), piece)
             for index, part in enumerate(parts):
                 joined[:, index] = self._value(part, piece, active)
@@ -409,23 +303,23 @@ class Machine:
     def _convert(self, operands: Sequence[str], modifiers: list[str], active: Threads) -> None:
         to, of = modifiers[-2:]
         if to in ("bf16x2", "f16x2"):
-            one = _bfloat16 if to == "bf16x2" else _half
+            one = to_bfloat16 if to == "bf16x2" else to_half
             high, low = (one(self._value(each, np.dtype("f4"), active)) for each in operands[1:3])
             self._set(operands[0], low.astype(np.uint32) | (high.astype(np.uint32) << np.uint32(16)), active)
         elif to in ("bf16", "f16"):
             value = self._value(operands[1], np.dtype("f4"), active)
-            self._set(operands[0], _bfloat16(value) if to == "bf16" else _half(value), active)
+            self._set(operands[0], to_bfloat16(value) if to == "bf16" else to_half(value), active)
         elif of == "bf16":
             bits = self._value(operands[1], np.dtype("u2"), active)
             self._set(operands[0], (bits.astype(np.uint32) << np.uint32(16)).view(np.float32), active)
         else:
-            self._set(operands[0], self._value(operands[1], _dtype(of), active).astype(_dtype(to)), active)
+            self._set(operands[0], self._value(operands[1], dtype_of(of), active).astype(dtype_of(to)), active)
 
     def _access(self, name: str, modifiers: list[str], operands: Sequence[str], active: Threads, text: str) -> None:
         space, kind = modifiers[0], modifiers[-1]
-        dtype = _unsigned(_dtype(kind).itemsize)
+        dtype = unsigned(dtype_of(kind).itemsize)
         if space == "param":
-            signed = _dtype(kind)
+            signed = dtype_of(kind)
             given = self.arguments[operands[1].strip("[]")]
             if isinstance(given, float):
                 value = np.full(1, given, np.float64)
