@@ -1,4 +1,4 @@
-"""The published formulas in float64, and how far a result may lie from them."""
+"""The published formulas in float64, how far a result may lie from them, and the backends it is asked of."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,6 +16,11 @@ from torch.nn import functional as F
 import cot_kernels
 
 Loss = Callable[..., Tensor]
+
+# Many small blocks are no other way to a compiler, nor to derivatives of derivatives.
+on_each_backend = pytest.mark.parametrize(
+    "device", ["native", "aten", pytest.param("triton", marks=pytest.mark.gpu)], indirect=True
+)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import CASES, Case
+from oracle import CASES, Case, on_each_backend
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -19,11 +19,6 @@ import cot_kernels
 from cot_kernels import operators
 
 Call = Callable[[Tensor, Tensor], Tensor]
-
-# Many small blocks are no other way to a compiler.
-on_both_backends = pytest.mark.parametrize(
-    "device", ["native", "aten", pytest.param("triton", marks=pytest.mark.gpu)], indirect=True
-)
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +53,7 @@ CALLS: dict[str, Call] = {
 }
 
 
-@on_both_backends
+@on_each_backend
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", CALLS)
 def test_compiled_whole(name: str, dynamic: bool, device: torch.device) -> None:
@@ -76,7 +71,7 @@ def test_compiled_whole(name: str, dynamic: bool, device: torch.device) -> None:
     assert compilations[-1] == compilations[0] if dynamic else compilations[-1] > compilations[0]
 
 
-@on_both_backends
+@on_each_backend
 @pytest.mark.parametrize(("shape", "dtype"), [((64, 1000), torch.float32), ((2, 21, 6, 5), torch.bfloat16)], ids=str)
 def test_compiled_by_inductor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     """A head, the loss and the backward pass of both in one compiled step."""
@@ -93,7 +88,7 @@ def test_compiled_by_inductor(shape: tuple[int, ...], dtype: torch.dtype, device
     torch.testing.assert_close(compiled, both(step, logits.to(dtype), target), rtol=tolerance, atol=tolerance / 10)
 
 
-@on_both_backends
+@on_each_backend
 @pytest.mark.parametrize(("first", "dynamic"), [(0, False), (0, True), (1, True)])
 def test_a_slice_of_padded_rows_by_inductor(first: int, dynamic: bool, device: torch.device) -> None:
     """Its gradient, of padded rows itself, reaches the whole of it."""
@@ -107,7 +102,7 @@ def test_a_slice_of_padded_rows_by_inductor(first: int, dynamic: bool, device: t
     torch.testing.assert_close(compiled, both(step, wide, target), rtol=1e-6, atol=1e-7)
 
 
-@on_both_backends
+@on_each_backend
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_slice_of_as_many_rows_as_data_tell(backend: str, device: torch.device) -> None:
     wide, target = (each.to(device) for each in problem(20, 40))
@@ -282,13 +277,13 @@ def check_loss(
     torch.library.opcheck(operators.row_loss_gradient, (*arguments, state, upstream))
 
 
-@on_both_backends
+@on_each_backend
 @pytest.mark.parametrize(("shape", "dtype"), OPERANDS)
 def test_opcheck_of_operands(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     check_loss(shape, dtype, "complement_entropy", [0.2, 1e-7], device)
 
 
-@on_both_backends
+@on_each_backend
 @pytest.mark.parametrize(
     ("objective", "parameters"), [("guided_complement_entropy", [0.6, 1e-7, 0.3]), ("cross_entropy", [1.0, 0.2])]
 )
@@ -296,7 +291,7 @@ def test_opcheck_of_objectives(objective: str, parameters: list[float], device: 
     check_loss((6, 7), torch.float32, objective, parameters, device)
 
 
-@on_both_backends
+@on_each_backend
 @pytest.mark.parametrize(("shape", "dtype"), OPERANDS)
 def test_opcheck_of_statistics(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     logits, target = (each.to(device) for each in problem(*shape, dtype=dtype))
@@ -307,7 +302,7 @@ def test_opcheck_of_statistics(shape: tuple[int, ...], dtype: torch.dtype, devic
     torch.library.opcheck(operators.row_statistics_gradient, (logits, target, -100, state, *upstreams))
 
 
-@on_both_backends
+@on_each_backend
 @pytest.mark.parametrize("layout", ["dense", "padded", "off a boundary", "transposed", "every other class", "expanded"])
 def test_operators_keep_to_the_strides_they_announce(layout: str, device: torch.device) -> None:
     logits, target = (each.to(device) for each in problem(6, 8))

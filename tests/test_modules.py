@@ -27,8 +27,8 @@ def test_modules_are_their_functions(module: Any, function: Any, options: dict[s
         expected = function(logits, target, **arguments)
         for criterion in (module(8, **arguments), module(**arguments)):
             assert torch.equal(criterion(logits, target), expected)
-            assert torch.equal(copy.deepcopy(criterion)(logits, target), expected)
-            assert torch.equal(pickle.loads(pickle.dumps(criterion))(logits, target), expected)
+            for other in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+                assert torch.equal(other(logits, target), expected) and repr(other) == repr(criterion)
             assert not list(criterion.parameters()) and not criterion.state_dict()
 
 

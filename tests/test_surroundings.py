@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -127,23 +125,6 @@ def test_hooks_see_the_loss_and_its_gradients(device: torch.device) -> None:
     loss.backward()
     assert seen == ["forward", "loss", "backward (4, 9)"]
     torch.testing.assert_close(leaf.grad, 2 * expected)
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        cot_kernels.ComplementEntropy(9, eps=0.0, reduction="sum"),
-        cot_kernels.GuidedComplementEntropy(alpha=0.5),
-        cot_kernels.ComplementCrossEntropy(gamma=-3.0, normalization="none"),
-    ],
-    ids=lambda module: type(module).__name__,
-)
-def test_copies_of_modules(module: nn.Module) -> None:
-    logits, target = draw(4, 9, None)
-    expected = module(logits, target)
-    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert torch.equal(other(logits, target), expected)
-        assert repr(other) == repr(module)
 
 
 def test_threads(device: torch.device) -> None:

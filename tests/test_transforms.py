@@ -6,17 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import CASES, Case, draw
+from oracle import CASES, Case, draw, on_each_backend
 from torch import Tensor
 
 import cot_kernels
 
 Loss = Callable[[Tensor], Tensor]
-
-# Here the ways of ATen differ in nothing but the forward pass, which other tests compare.
-on_both_backends = pytest.mark.parametrize(
-    "device", ["native", "aten", pytest.param("triton", marks=pytest.mark.gpu)], indirect=True
-)
 
 
 def of_logits(case: Case, reduction: str, device: torch.device, classes: int = 6) -> tuple[Loss, Tensor]:
@@ -33,7 +28,7 @@ def statistics(device: torch.device) -> tuple[Loss, Tensor]:
     return lambda logits: torch.stack(tuple(cot_kernels.complement_statistics(logits, target))), logits.to(device)
 
 
-@on_both_backends
+@on_each_backend
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_all_derivatives_of_the_losses(case: Case, reduction: str, device: torch.device) -> None:
@@ -43,7 +38,7 @@ def test_all_derivatives_of_the_losses(case: Case, reduction: str, device: torch
     assert torch.autograd.gradgradcheck(loss, (leaf,))
 
 
-@on_both_backends
+@on_each_backend
 def test_all_derivatives_of_the_statistics(device: torch.device) -> None:
     function, logits = statistics(device)
     leaf = logits.requires_grad_()
@@ -51,7 +46,7 @@ def test_all_derivatives_of_the_statistics(device: torch.device) -> None:
     assert torch.autograd.gradgradcheck(function, (leaf,))
 
 
-@on_both_backends
+@on_each_backend
 def test_derivatives_of_class_major_logits(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     leaf = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64).to(device).requires_grad_()
@@ -81,7 +76,7 @@ def test_the_gradient_to_be_differentiated_is_the_gradient(device: torch.device)
         assert bool(second.isfinite().all()), str(case)
 
 
-@on_both_backends
+@on_each_backend
 def test_gradient_penalty_trains(device: torch.device) -> None:
     """What double backward is for: a penalty on the norm of the gradient with respect to the inputs."""
     torch.manual_seed(0)
@@ -101,7 +96,7 @@ def test_gradient_penalty_trains(device: torch.device) -> None:
     assert norms[-1] < norms[0] / 2
 
 
-@on_both_backends
+@on_each_backend
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_torch_func(case: Case, device: torch.device) -> None:
     loss, logits = of_logits(case, "none", device)
@@ -123,7 +118,7 @@ def test_torch_func(case: Case, device: torch.device) -> None:
     torch.testing.assert_close(tangent, (jacobian * torch.ones_like(logits)).sum((1, 2)))
 
 
-@on_both_backends
+@on_each_backend
 @pytest.mark.parametrize("shape", [(6,), (4, 6), (4, 6, 3)], ids=str)
 @pytest.mark.parametrize("in_dims", [(0, 0), (1, 0), (0, None), (None, 0), (-1, -1)], ids=str)
 def test_vmap(shape: tuple[int, ...], in_dims: tuple[int | None, int | None], device: torch.device) -> None:
