@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from integrations.loops import OptimizerFactory, adam
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 
 from lightning_integration import ComplementObjectiveEngine, ComplementObjectiveMixin
 
@@ -118,6 +118,62 @@ def classifier(pl: ModuleType) -> Callable[..., Any]:
             return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
 
     return Classifier
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """TrainingArguments for the CPU. Rows keep their order unless `shuffled`, which older Trainers always are."""
+    from integrations import hugging_face_models as models  # which skips the test where transformers is missing
+
+    def build(*, shuffled: bool = False, **options: Any) -> Any:
+        if not shuffled:
+            monkeypatch.setattr(
+                models.transformers.Trainer,
+                "_get_train_sampler",
+                lambda trainer, *_: SequentialSampler(trainer.train_dataset),
+            )
+        defaults: dict[str, Any] = {
+            "output_dir": str(tmp_path),
+            "use_cpu": True,
+            "per_device_train_batch_size": models.BATCH,
+            "num_train_epochs": models.EPOCHS,
+            "max_grad_norm": 0.0,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+        }
+        return models.transformers.TrainingArguments(**{**defaults, **options})
+
+    return build
+
+
+@pytest.fixture
+def trained(arguments: Any) -> Callable[..., Any]:
+    """A Trainer that has trained `network`."""
+    from integrations import hugging_face_models as models
+
+    def train(
+        network: nn.Module,
+        data: models.Batch,
+        make_optimizer: Callable[[nn.Module], Optimizer] = models.sgd,
+        make_scheduler: Callable[[Optimizer], Any] = models.constant,
+        trainer: type[Any] = models.ComplementObjectiveTrainer,
+        own: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        optimizer = make_optimizer(network)
+        fit = trainer(
+            network,
+            arguments(**options),
+            train_dataset=models.dataset(data),
+            optimizers=(optimizer, make_scheduler(optimizer)),
+            **(own or {}),
+        )
+        fit.train()
+        return fit
+
+    return train
 
 
 VOCABULARY = [

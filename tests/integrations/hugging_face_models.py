@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from integrations.loops import published_complement_entropy
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import SequentialSampler
 
 from lightning_integration.batches import causal_lm_logits_and_targets, logits_and_targets
 
@@ -176,58 +174,6 @@ def one_cycle(optimizer: Optimizer) -> OneCycleLR:
 
 def constant(optimizer: Optimizer) -> Any:
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-
-
-@pytest.fixture
-def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """TrainingArguments for the CPU. Rows keep their order unless `shuffled`, which older Trainers always are."""
-
-    def build(*, shuffled: bool = False, **options: Any) -> Any:
-        if not shuffled:
-            monkeypatch.setattr(
-                transformers.Trainer, "_get_train_sampler", lambda trainer, *_: SequentialSampler(trainer.train_dataset)
-            )
-        defaults: dict[str, Any] = {
-            "output_dir": str(tmp_path),
-            "use_cpu": True,
-            "per_device_train_batch_size": BATCH,
-            "num_train_epochs": EPOCHS,
-            "max_grad_norm": 0.0,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": [],
-            "disable_tqdm": True,
-        }
-        return transformers.TrainingArguments(**{**defaults, **options})
-
-    return build
-
-
-@pytest.fixture
-def trained(arguments: Any) -> Callable[..., Any]:
-    """A Trainer that has trained `network`."""
-
-    def train(
-        network: nn.Module,
-        data: Batch,
-        make_optimizer: Callable[[nn.Module], Optimizer] = sgd,
-        make_scheduler: Callable[[Optimizer], Any] = constant,
-        trainer: type[Any] = ComplementObjectiveTrainer,
-        own: dict[str, Any] | None = None,
-        **options: Any,
-    ) -> Any:
-        optimizer = make_optimizer(network)
-        fit = trainer(
-            network,
-            arguments(**options),
-            train_dataset=dataset(data),
-            optimizers=(optimizer, make_scheduler(optimizer)),
-            **(own or {}),
-        )
-        fit.train()
-        return fit
-
-    return train
 
 
 def logged(trainer: Any, name: str) -> list[float]:

@@ -17,24 +17,19 @@ from integrations.hugging_face_models import (
     ROWS,
     TASKS,
     Batch,
-    Find,
+    ComplementObjectiveTrainer,
     adamw,
-    arguments,
     bert,
     constant,
-    continued_texts,
     dataset,
-    gpt2,
     labelled_texts,
     labelled_tokens,
-    llama,
     logged,
-    next_tokens_of,
     one_cycle,
     part,
     rows_of,
     sgd,
-    trained,
+    transformers,
     two_step_loop,
     windows,
 )
@@ -42,15 +37,7 @@ from integrations.loops import largest_gap, published_complement_entropy
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from lightning_integration.batches import causal_lm_logits_and_targets, logits_and_targets
-
-transformers = pytest.importorskip("transformers")
-accelerate = pytest.importorskip("accelerate")
-hugging_face = pytest.importorskip("lightning_integration.hugging_face")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-ComplementObjectiveTrainer = hugging_face.ComplementObjectiveTrainer
-complement_compute_loss = hugging_face.complement_compute_loss
-causal_lm_complement_compute_loss = hugging_face.causal_lm_complement_compute_loss
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,18 @@ from integrations.hugging_face_models import (
     EPOCHS,
     TASKS,
     VOCABULARY,
-    arguments,
+    ComplementObjectiveTrainer,
+    accelerate,
     bert,
     continued_texts,
     dataset,
     gpt2,
+    hugging_face,
     labelled_texts,
     llama,
     next_tokens_of,
     sgd,
-    trained,
+    transformers,
     windows,
 )
 from integrations.loops import largest_gap
@@ -34,11 +36,7 @@ from torch.optim import LBFGS
 
 import lightning_integration
 
-transformers = pytest.importorskip("transformers")
-accelerate = pytest.importorskip("accelerate")
-hugging_face = pytest.importorskip("lightning_integration.hugging_face")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-ComplementObjectiveTrainer = hugging_face.ComplementObjectiveTrainer
 complement_compute_loss = hugging_face.complement_compute_loss
 causal_lm_complement_compute_loss = hugging_face.causal_lm_complement_compute_loss
 

@@ -18,7 +18,8 @@ from integrations.hugging_face_models import (
     LOSS_ROUNDING,
     ROWS,
     Batch,
-    arguments,
+    ComplementObjectiveTrainer,
+    accelerate,
     bert,
     constant,
     dataset,
@@ -29,7 +30,7 @@ from integrations.hugging_face_models import (
     part,
     rows_of,
     sgd,
-    trained,
+    transformers,
     two_step_loop,
     windows,
 )
@@ -38,13 +39,7 @@ from torch import Tensor, nn
 
 from cot_kernels import complement_entropy
 
-transformers = pytest.importorskip("transformers")
-accelerate = pytest.importorskip("accelerate")
-hugging_face = pytest.importorskip("lightning_integration.hugging_face")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-ComplementObjectiveTrainer = hugging_face.ComplementObjectiveTrainer
-complement_compute_loss = hugging_face.complement_compute_loss
-causal_lm_complement_compute_loss = hugging_face.causal_lm_complement_compute_loss
 
 
 class Recorder(transformers.TrainerCallback):  # type: ignore[misc]
