@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import cot_kernels
+from cot_kernels import functional, linear
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,15 +22,16 @@ def run(*command: str) -> str:
 
 
 def test_importing_costs_torch_alone() -> None:
-    """Neither Lightning nor transformers, nor the benchmarks, nor Triton until a GPU tensor asks for it."""
+    """Neither Lightning nor transformers, nor what lies beside it, nor Triton until a GPU tensor asks for it."""
     code = (
         "import sys, torch; before = set(sys.modules); import cot_kernels;"
         "cot_kernels.complement_entropy(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long));"
         "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
     )
     loaded = set(run(sys.executable, "-c", code).split())
-    foreign = {"lightning", "pytorch_lightning", "transformers", "torchmetrics", "matplotlib", "benchmarks", "examples"}
-    assert not loaded & foreign
+    foreign = {"lightning", "pytorch_lightning", "transformers", "torchmetrics", "matplotlib"}
+    beside = {"lightning_integration", "benchmarks", "examples", "study"}
+    assert not loaded & (foreign | beside)
     assert "triton" not in loaded
     assert "cot_kernels" in loaded
 
@@ -60,5 +62,6 @@ def test_docstring_examples() -> None:
 
     import torch
 
-    failures, tests = doctest.testmod(cot_kernels.functional, extraglobs={"torch": torch}, optionflags=doctest.ELLIPSIS)
-    assert tests >= 4 and not failures
+    for module in (functional, linear):
+        failures, tests = doctest.testmod(module, extraglobs={"torch": torch}, optionflags=doctest.ELLIPSIS)
+        assert tests >= 4 and not failures
