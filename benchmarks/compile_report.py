@@ -76,8 +76,7 @@ class Report:
     bytes_in_flight: int | None = None  # of one multiprocessor: what its threads load in a turn, over their waits in it
     waits: int | None = None  # for global memory, in a turn of the main loops
     waits_beside: int | None = None  # in a turn of the loop around it, and once
-    logit_bytes: int | None = None  # of device memory, moved for a logit
-    row_bytes: int | None = None  # and for a row beside its logits
+    work: Work | None = None  # what a warp does, and the bytes of a logit and of its row: see :mod:`.bounds`
     predicted: tuple[Prediction, ...] = ()  # see :mod:`.bounds`
 
 
@@ -182,8 +181,7 @@ def work_of(case: Case, launch: Launch, program: Program, registers: int) -> dic
         "bytes_in_flight": in_flight,
         "waits": sum(path.waits),
         "waits_beside": path.waits_around + path.waits_once,
-        "logit_bytes": moved,
-        "row_bytes": of_row,
+        "work": work,
         "predicted": tuple(predict(gpu, work) for gpu in GPUS if gpu.target == target),
     }
 

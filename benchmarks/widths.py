@@ -31,16 +31,18 @@ ALIGNED = tuple(
 ODD = tuple(power + more for power in POWERS for more in (1, power // 2 + 1))
 
 
-def case_of(classes: int, target: str) -> Case:
-    odd = classes % 2 == 1
-    short = (classes + 7 * odd) * DTYPES["bf16"].itemsize <= launch.SHORT_ROW
+def case_of(classes: int, target: str, dtype: str = "bf16") -> Case:
+    """Rows of so many classes, dense."""
+    per_access = 16 // DTYPES[dtype].itemsize
+    odd = classes % per_access > 0
+    short = (classes + (per_access - 1) * odd) * DTYPES[dtype].itemsize <= launch.SHORT_ROW
     layouts: dict[tuple[bool, bool], Layout] = {
         (True, False): "short",
         (True, True): "short, odd",
         (False, False): "long",
         (False, True): "long, odd",
     }
-    return Case("mean", layouts[short, odd], classes, "bf16", target, "complement_entropy")
+    return Case("mean", layouts[short, odd], classes, dtype, target, "complement_entropy")
 
 
 def predict(case: Case) -> list[dict[str, Any]]:
