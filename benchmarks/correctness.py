@@ -1,7 +1,8 @@
 """Does a provider compute what it claims? Its loss and gradient beside the formula in float64.
 
-The loss is compared over all rows, the gradient over a few rows, spread over the problem: enough to catch a wrong
-kernel, and cheap beside the timing.
+The loss is compared over all rows; the gradient entry by entry in a few rows, spread over the problem, and in every
+row by its product with a vector of random signs: the mean square of such a product is that of the row's entries, so
+that a single row that is not written shows, and no gradient in float64 need be held.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from benchmarks.providers import Loss
 # operation: at the logits drawn here, the published operations in bf16 are off by some percent.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 ROUNDING_OPERATIONS = 10
+OF_A_ROW = 10  # times as much for the worst of all rows, beside a row of usual length
 
 ROWS = 64
 _CHUNK = {"cpu": 1 << 19, "cuda": 1 << 23}  # logits that are in float64 at a time
@@ -25,22 +27,28 @@ _CHUNK = {"cpu": 1 << 19, "cuda": 1 << 23}  # logits that are in float64 at a ti
 
 @dataclass(frozen=True)
 class Truth:
-    """The mean loss of all rows, and the gradient of ``picked`` rows, [rows, classes], in float64."""
+    """The mean loss of all rows, and its gradient, in float64: ``picked`` rows of it whole, [rows, classes], and of
+    all rows the product with ``signs``, [rows]."""
 
     loss: float
     picked: Tensor
     gradient: Tensor
+    signs: Tensor
+    products: Tensor
+    length: float  # of the gradient of a row, in the root mean square
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Relative to the truth; None where they are not finite."""
+    """Relative to the truth; None where they are not finite. ``row`` is of the worst row, relative to the length."""
 
     loss: float | None
     gradient: float | None
+    row: float | None
 
     def within(self, tolerance: float) -> bool:
-        return all(error is not None and error <= tolerance for error in (self.loss, self.gradient))
+        bounds = ((self.loss, tolerance), (self.gradient, tolerance), (self.row, OF_A_ROW * tolerance))
+        return all(error is not None and error <= bound for error, bound in bounds)
 
 
 def as_rows(logits: Tensor) -> Tensor:
@@ -51,14 +59,24 @@ def as_rows(logits: Tensor) -> Tensor:
 def truth(formula: Loss, logits: Tensor, target: Tensor) -> Truth:
     rows, targets = as_rows(logits.detach()), target.reshape(-1)
     count, classes = rows.shape
-    chunk = max(1, _CHUNK[logits.device.type] // classes)
-    total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for some, wanted in zip(torch.split(rows, chunk), torch.split(targets, chunk), strict=True):
-        total += formula(some.double(), wanted)
+    signs = torch.randint(2, (classes,), generator=torch.Generator().manual_seed(0)).to(rows.device).double() * 2 - 1
+    total, squares = torch.zeros((2,), dtype=torch.float64, device=rows.device).unbind()
+    products = []
+    for some, wanted in zip(_chunks(rows), _chunks(targets, classes), strict=True):
+        leaf = some.double().requires_grad_()
+        value = formula(leaf, wanted)
+        (gradient,) = torch.autograd.grad(value / count, leaf)
+        total, squares = total + value.detach(), squares + gradient.square().sum()
+        products.append(gradient @ signs)
     picked = torch.linspace(0, count - 1, min(ROWS, count), device=logits.device).long()
     leaf = rows[picked].double().requires_grad_()
     (gradient,) = torch.autograd.grad(formula(leaf, targets[picked]) / count, leaf)
-    return Truth(float(total) / count, picked, gradient)
+    length = math.sqrt(float(squares) / count)
+    return Truth(float(total) / count, picked, gradient, signs, torch.cat(products), length)
+
+
+def _chunks(rows: Tensor, classes: int | None = None) -> tuple[Tensor, ...]:
+    return torch.split(rows, max(1, _CHUNK[rows.device.type] // (classes or rows.shape[1])))
 
 
 def errors(loss: Loss, logits: Tensor, target: Tensor, true: Truth) -> Errors:
@@ -69,10 +87,15 @@ def errors(loss: Loss, logits: Tensor, target: Tensor, true: Truth) -> Errors:
     torch.full_like(leaf, math.nan)
     upstream = _upstream(value.dtype, true.gradient)
     (gradient,) = torch.autograd.grad(value, leaf, torch.full_like(value, upstream))
-    found = as_rows(gradient)[true.picked].double() / upstream
-    gradient_error = float((found - true.gradient).norm() / true.gradient.norm())
+    found = as_rows(gradient)
+    products = torch.cat([some.double() @ true.signs for some in _chunks(found)]) / upstream
+    beside = products - true.products
+    whole = float(beside.norm()) / (true.length * math.sqrt(len(products)))
+    picked = float((found[true.picked].double() / upstream - true.gradient).norm() / true.gradient.norm())
     loss_error = abs(float(value.detach()) - true.loss) / abs(true.loss)
-    return Errors(_finite(loss_error), _finite(gradient_error))
+    # Of NaN and a number Python's max may be either.
+    of_gradient = max(whole, picked) if math.isfinite(whole + picked) else math.nan
+    return Errors(_finite(loss_error), _finite(of_gradient), _finite(float(beside.abs().max()) / true.length))
 
 
 def _upstream(dtype: torch.dtype, gradient: Tensor) -> float:

@@ -79,6 +79,7 @@ class Row:
     launches: int | None = None
     gradient_error: float | None = None
     loss_error: float | None = None
+    row_error: float | None = None  # of the gradient of the worst row
 
 
 def about(case: Case) -> dict[str, Any]:
@@ -212,7 +213,7 @@ class CaseRun:
         try:
             loss = provider.load()
             found = correctness.errors(loss, logits, target, self.truth(provider.formula))
-            errors: dict[str, Any] = {"gradient_error": found.gradient, "loss_error": found.loss}
+            errors = {"gradient_error": found.gradient, "loss_error": found.loss, "row_error": found.row}
             if not found.within(correctness.tolerance(self.torch_dtype, provider.rounds_operations)):
                 text = "off its formula in float64, or not finite"
                 return self.row(provider.name, "both", status="wrong", message=text, **errors)

@@ -83,3 +83,37 @@ def test_truth_is_the_formula_in_float64() -> None:
     assert true.loss == pytest.approx(float(loss.detach()), rel=1e-12)
     torch.testing.assert_close(true.gradient, gradient[true.picked], rtol=1e-12, atol=0)
     assert len(true.picked) == correctness.ROWS
+
+
+class _Spoiled(torch.autograd.Function):
+    """A mean cross-entropy whose backward pass leaves some rows as they are."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, kept: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, target, kept)
+        return F.cross_entropy(logits, target)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        logits, target, kept = ctx.saved_tensors
+        ones = F.one_hot(target, logits.shape[1])
+        gradient = (logits.softmax(1) - ones) * kept[:, None] * upstream / len(logits)
+        return gradient, None, None
+
+
+@pytest.mark.parametrize("spoiled", ["none", "all but those that are picked", "one program's", "one"])
+def test_a_row_whose_gradient_is_wrong_shows(spoiled: str) -> None:
+    logits, target = torch.randn(4096, 50), torch.randint(50, (4096,))
+    true = correctness.truth(partial(F.cross_entropy, reduction="sum"), logits, target)
+    kept = torch.ones(4096)
+    if spoiled.startswith("all"):
+        kept.zero_()[true.picked] = 1
+    elif spoiled != "none":
+        first = int(true.picked[20]) + 1
+        kept[first : first + (1 if spoiled == "one" else 8)] = 0
+    errors = correctness.errors(lambda logits, target: _Spoiled.apply(logits, target, kept), logits, target, true)
+    for tolerance in correctness.TOLERANCES.values():
+        assert errors.within(tolerance) == (spoiled == "none"), errors
+    assert errors.loss is not None and errors.loss < 1e-6
+    if spoiled == "none":
+        assert errors.gradient is not None and errors.row is not None and errors.gradient < errors.row < 1e-6
