@@ -63,6 +63,7 @@ class Report:
     global_stores: dict[str, int]
     gap_operations: list[str] | None  # floating-point operations of the lines that subtract one shift from another
     narrow_offsets: int  # products of the number of rows in 32 bits
+    accesses: int | None = None  # of 16 bytes, that hold the logits that a thread has of a tile
     loop_per_logit: float | None = None  # instructions of a turn on the usual way, see :mod:`.machine_code`
     loop_special_per_logit: float | None = None  # of them by the special function unit
     a_row: int | None = None  # of a program that takes rows in turn: instructions of a thread a row, beside the tiles
@@ -170,6 +171,7 @@ def work_of(case: Case, launch: Launch, program: Program, registers: int) -> dic
     )
     in_flight = programs * threads * held * itemsize // max(1, *path.waits)
     return found | {
+        "accesses": held * itemsize // 16,
         "loop_per_logit": round(path.turn / held, 2),
         "loop_special_per_logit": round(path.turn_special / held, 2),
         "a_row": path.around,
