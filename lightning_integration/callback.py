@@ -24,7 +24,7 @@ ModuleLogitsFunction: TypeAlias = Callable[[Any, Any], Any]  # (logits, targets)
 class ComplementObjectiveTraining(Callback):
     """Trains any classifier in automatic optimization with complement objective training (COT).
 
-        trainer = pl.Trainer(callbacks=[ComplementObjectiveTraining()])
+        trainer = pl.Trainer(callbacks=[ComplementObjectiveTraining()])  # with SGD; Adam and its kin: see optimizer
 
     After each of the module's own optimizer steps, which train it on cross-entropy as before, the same batch
     is passed through the updated weights again, and a second step is taken on the complement loss (Chen et
@@ -40,7 +40,8 @@ class ComplementObjectiveTraining(Callback):
         objective: complement loss, `(logits, targets) -> scalar`, a mean over valid targets: any loss of
             `cot_kernels`, or your own.
         optimizer: "separate" (the primary's class and groups, with a state of its own), "shared" (the primary
-            steps a second time), or a function from the parameters to an optimizer.
+            steps a second time), or a function from the parameters to an optimizer. With Adam and its kin take
+            "shared": a separate one makes full steps of the small gradients of the complement loss.
         lr_ratio: learning rate of the complement step over that of the primary, whose schedule it follows.
         weight: factor on the complement loss. In nats, `ComplementEntropy(normalization="none", eps=0.0)`,
             docs/evidence.md recommends 0.5 with the shared optimizer; the default is as published.

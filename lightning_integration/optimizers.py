@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, TypeAlias
 
@@ -12,6 +13,10 @@ from torch.nn import Parameter
 from torch.optim import LBFGS, Optimizer
 
 ComplementOptimizer: TypeAlias = Literal["separate", "shared"] | Callable[[Iterable[Parameter]], Optimizer]
+
+# Of names of classes, other packages' too: "ada" is in Adam and its kin, Adagrad, Adadelta and Adafactor.
+SCALE_INVARIANT = ("ada", "rmsprop", "rprop", "lion", "muon")
+"""Optimizers whose steps are as long when all gradients are a thousand times smaller."""
 
 
 def second_optimizer(
@@ -62,6 +67,22 @@ def second_optimizer(
             f'optimizer="separate" could not build a second {type(primary).__name__} ({error}); use '
             'optimizer="shared", or pass a function from the parameters to an optimizer'
         ) from error
+
+
+def warn_of_full_steps(optimizer: Optimizer, lr_ratio: float) -> None:
+    """Warns where an optimizer of the complement step's own takes steps as long as those on cross-entropy."""
+    name = type(optimizer).__name__
+    names = [base.__name__.lower() for base in type(optimizer).__mro__]
+    if lr_ratio < 1 or not any(word in each for word in SCALE_INVARIANT for each in names):
+        return
+    warnings.warn(
+        f"the complement step has an optimizer of its own, {name}, which divides by the size of the gradients: the "
+        "small gradients of the complement loss make steps as long as those of cross-entropy, whatever the weight, and "
+        'can undo these. Pass optimizer="shared", best with the loss in nats: objective=ComplementEntropy('
+        'normalization="none", eps=0.0), optimizer="shared", weight=0.5. Or lower lr_ratio, '
+        f"which is {lr_ratio:g}: to 0.1, for example",
+        stacklevel=2,
+    )
 
 
 def check_first_order(optimizer: Optimizer) -> None:

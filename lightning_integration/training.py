@@ -37,6 +37,7 @@ from .optimizers import (
     scale_gradients,
     scaled_learning_rate,
     second_optimizer,
+    warn_of_full_steps,
 )
 from .passes import check_trainable, kept_buffers, kept_random_state, replaced
 
@@ -63,7 +64,8 @@ class ComplementObjectiveEngine:
             `cot_kernels.complement_entropy`, whose values are <= 0.
         optimizer: of the complement step. "separate": one of the primary's class over the same parameter groups,
             with a state of its own; before each step learning rates and all other hyperparameters are copied
-            from the primary. "shared": the primary steps a second time, so both losses feed the same momenta.
+            from the primary. "shared": the primary steps a second time, so both losses feed the same momenta; take
+            this one with Adam and its kin, whose separate steps are of full length however small the loss.
             Or a function from the parameters to an optimizer, which keeps its own hyperparameters but for the
             learning rate.
         lr_ratio: learning rate of the complement step over that of the primary, > 0, whatever the optimizer: it
@@ -147,9 +149,14 @@ class ComplementObjectiveEngine:
                 cannot be built a second time.
             TypeError: the function given as `optimizer` does not return an Optimizer.
             ValueError: it returns one over other parameters, or an optimizer has no learning rate.
+
+        Warns where an optimizer of the complement step's own divides by the size of the gradients (Adam and its kin)
+        and steps at the primary's rate.
         """
         check_trainable(module, shared=self.optimizer == "shared")
         self._prepare(module)
+        if self._own is not None and module.trainer.is_global_zero:
+            warn_of_full_steps(self._own, self.lr_ratio)
         self._window.clear()
         self._batch = None
         self._rehearsed = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -158,6 +159,44 @@ def test_no_optimizer_is_refused(refused: Any, classifier: Any) -> None:
 
 def test_lbfgs_is_refused(refused: Any) -> None:
     refused("does not support LBFGS.*use a first-order optimizer", optimizer=torch.optim.LBFGS)
+
+
+class AdamOfAnotherPackage(SGD):
+    """Such as AdamW8bit: known by its name alone."""
+
+
+@pytest.mark.parametrize("way", ["mixin", "callback"])
+@pytest.mark.parametrize(
+    ("optimizer", "knobs", "told"),
+    [
+        (torch.optim.Adam, {}, True),
+        (torch.optim.AdamW, {"weight": 0.01}, True),
+        (torch.optim.Adagrad, {"lr_ratio": 2.0}, True),
+        (torch.optim.RMSprop, {}, True),
+        (AdamOfAnotherPackage, {}, True),
+        (SGD, {"optimizer": torch.optim.AdamW}, True),
+        (torch.optim.Adam, {"lr_ratio": 0.1}, False),
+        (torch.optim.Adam, {"optimizer": "shared"}, False),
+        (torch.optim.Adam, {"optimizer": SGD}, False),
+        (SGD, {}, False),
+        (torch.optim.ASGD, {}, False),
+    ],
+)
+def test_a_separate_optimizer_that_takes_full_steps_draws_a_warning(
+    way: str, optimizer: Any, knobs: Any, told: bool, classifier: Any, network: Any, loader: Any, trainer: Any
+) -> None:
+    mixin = way == "mixin"
+    module = classifier(network(), lambda parameters: optimizer(parameters, lr=0.01))
+    module.engine = ComplementObjectiveEngine(**knobs) if mixin else None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callbacks = [] if mixin else [ComplementObjectiveTraining(**knobs)]
+        trainer(max_epochs=2, callbacks=callbacks).fit(module, loader)
+    messages = [str(each.message) for each in caught if "divides by the size of the gradients" in str(each.message)]
+    assert len(messages) == told
+    if told:
+        assert 'Pass optimizer="shared"' in messages[0]
+        assert knobs.get("optimizer", optimizer).__name__ in messages[0]
 
 
 def test_dataloader_iter_is_refused(refused: Any, classifier: Any) -> None:
