@@ -196,11 +196,14 @@ def scale_of(normalization: str, num_classes: int) -> float:
     return 1 / math.log(num_classes - 1)
 
 
-def warn_of_two_classes(name: str, num_classes: int) -> None:
+OF_COMPLEMENT = "the loss, but for what eps adds, says nothing; use cross_entropy alone"
+OF_SUM = "the loss is that of cross_entropy alone"
+
+
+def warn_of_two_classes(name: str, num_classes: int, consequence: str = OF_COMPLEMENT) -> None:
     """To be called by the function of that name, whose caller is told."""
     if num_classes == 2 and not torch.compiler.is_compiling():
         warnings.warn(
-            f"{name} got 2 classes: the complement then holds a single class, its entropy is 0 and the loss says "
-            "nothing; use cross_entropy alone",
+            f"{name} got 2 classes: the complement then holds a single class, its entropy is 0 and {consequence}",
             stacklevel=3,
         )

@@ -9,6 +9,8 @@ Shapes, dtypes and errors, common to all of them:
   on the CPU; on a GPU, where looking would wait for the device, the loss and the gradient of its row are NaN.
 - The loss is float32 (float64 for float64 input), whatever the precision of the input: half-precision logits are
   upcast as they are read. The gradient has the dtype of ``input``.
+- Two classes draw a warning: the complement is then a single class, whose entropy is 0. Of the complement's losses
+  nothing is left but what ``eps`` makes of very confident rows, of sums with cross-entropy that alone.
 - A logit at or below -1e30 counts as -inf: its class is absent.
 - ``eps`` is 0 or between 1e-30 and 1e30, ``alpha`` between 0 and 1e30, ``gamma`` at most 1e30 in magnitude.
 - ``reduction``: ``"mean"`` over the rows that are not ignored, ``"sum"``, or ``"none"`` (shape of ``target``). The mean
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from cot_kernels import dispatch
 from cot_kernels.checks import (
+    OF_SUM,
     check_eps,
     check_finite,
     check_nonnegative,
@@ -129,6 +132,7 @@ def guided_complement_entropy(
     num_classes = check_rows(input, target, ignore_index, reduction)
     check_eps(eps)
     check_nonnegative("alpha", alpha)
+    warn_of_two_classes("guided_complement_entropy", num_classes)
     objective = GuidedComplementEntropyObjective(1 / math.log(num_classes), float(eps), float(alpha))
     return dispatch.row_loss(input, target, ignore_index, objective, reduction)
 
@@ -164,6 +168,8 @@ def complement_cross_entropy(
     num_classes = check_rows(input, target, ignore_index, reduction)
     check_finite("gamma", gamma)
     objective = CrossEntropyObjective(1.0, -float(gamma) * scale_of(normalization, num_classes))
+    if gamma != 0:
+        warn_of_two_classes("complement_cross_entropy", num_classes, OF_SUM)
     return dispatch.row_loss(input, target, ignore_index, objective, reduction)
 
 

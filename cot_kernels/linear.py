@@ -31,7 +31,15 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from cot_kernels import context, dispatch, operators, projection
-from cot_kernels.checks import check_eps, check_finite, check_projection, scale_of, signed, warn_of_two_classes
+from cot_kernels.checks import (
+    OF_SUM,
+    check_eps,
+    check_finite,
+    check_projection,
+    scale_of,
+    signed,
+    warn_of_two_classes,
+)
 from cot_kernels.objectives import ComplementEntropyObjective, CrossEntropyObjective, Objective, cross_entropy_of
 
 CPU_BUDGET = 128 << 20
@@ -133,6 +141,8 @@ def linear_complement_cross_entropy(
     check_projection(input, linear_weight, linear_bias, target, ignore_index, reduction, memory_budget)
     check_finite("gamma", gamma)
     objective = CrossEntropyObjective(1.0, -float(gamma) * scale_of(normalization, len(linear_weight)))
+    if gamma != 0:
+        warn_of_two_classes("linear_complement_cross_entropy", len(linear_weight), OF_SUM)
     return _loss(
         input, linear_weight, linear_bias, target, ignore_index, objective, reduction, memory_budget, return_parts
     )

@@ -258,7 +258,8 @@ def complement_compute_loss(*, gamma: float = -1.0, normalization: str = "comple
 
     with i over the targets that are not -100, M their number (`num_items_in_batch` where the Trainer gives it), H the
     complement entropy in nats and c = 1 / (K - 1), or as `normalization` says. For models with one label per row or
-    token: logits (..., K), labels (...).
+    token: logits (..., K), labels (...). With two labels the complement is one class, H is 0 and the loss cross-entropy
+    alone: a warning says so.
 
     Args:
         gamma: weight of the complement entropy; negative values, as published, flatten the wrong classes.

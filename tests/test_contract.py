@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from functools import partial
 from typing import Any
 
@@ -268,6 +269,21 @@ def test_two_classes(device: torch.device) -> None:
     assert loss.abs().max().item() < 1e-30 and gradient.abs().max().item() < 1e-30
     with pytest.raises(ValueError, match=r"normalization='entropy' divides by ln\(K - 1\)"):
         cot_kernels.complement_cross_entropy(logits, target, normalization="entropy")
+
+
+def test_two_classes_of_one_step_losses() -> None:
+    """What the warnings say of the losses is so, and where no complement is asked for there is none to warn of."""
+    logits, target = draw(4, 2, None)
+    with pytest.warns(UserWarning, match="complement_cross_entropy got 2 classes.*of cross_entropy alone") as told:
+        loss = cot_kernels.complement_cross_entropy(logits, target)
+    torch.testing.assert_close(loss, cot_kernels.cross_entropy(logits, target))
+    with pytest.warns(UserWarning, match="guided_complement_entropy got 2 classes.*says nothing") as told_of_guided:
+        assert not cot_kernels.guided_complement_entropy(logits, target, eps=0.0)
+    assert told[0].filename == told_of_guided[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cot_kernels.complement_cross_entropy(logits, target, gamma=0.0)
+        cot_kernels.cross_entropy(logits, target)
 
 
 @pytest.mark.parametrize("classes", [5, 100, 1500])

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import cot_kernels
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:complement_entropy got 2 classes"),
+    pytest.mark.filterwarnings("ignore:.*got 2 classes"),
     pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor"),
     pytest.mark.filterwarnings("ignore:Sparse"),
     pytest.mark.filterwarnings("ignore:ComplexHalf"),

@@ -303,5 +303,9 @@ def test_no_features(dtype: torch.dtype, device: torch.device) -> None:
 def test_two_classes() -> None:
     hidden, weight, target = torch.randn(3, 4), torch.randn(2, 4), torch.tensor([0, 1, 1])
     with pytest.warns(UserWarning, match="linear_complement_entropy got 2 classes") as told:
-        assert not cot_kernels.linear_complement_entropy(hidden, weight, target)
+        assert not cot_kernels.linear_complement_entropy(hidden, weight, target, eps=0.0)
+    assert told[0].filename == __file__
+    with pytest.warns(UserWarning, match="linear_complement_cross_entropy got 2 classes.*cross_entropy alone") as told:
+        loss = cot_kernels.linear_complement_cross_entropy(hidden, weight, target)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(hidden @ weight.T, target))
     assert told[0].filename == __file__
