@@ -30,8 +30,10 @@ def check_rows(input: Tensor, target: Tensor, ignore_index: int, reduction: str)
         raise ValueError("input must have shape (K), (N, K) or (N, K, d1, ...), got a scalar")
     expected = shape[:1] if dims == 2 else shape[:1] + shape[2:] if dims > 1 else shape[:0]
     if target.shape != expected:
+        last = dims > 1 and target.shape == shape[:-1]
         raise ValueError(
             f"target must have shape {tuple(expected)} for input of shape {tuple(shape)}, got {tuple(target.shape)}"
+            f"{': classes are dimension 1, use input.movedim(-1, 1)' * last}"
         )
     num_classes = shape[1] if dims > 1 else shape[0]
     if num_classes < 2:

@@ -26,6 +26,12 @@ BAD_CALLS: list[tuple[type[Exception], str, tuple[Any, Any], dict[str, Any]]] = 
     (ValueError, r"target must have shape \(2,\) .* got \(3,\)", (torch.zeros(2, 3), torch.zeros(3).long()), {}),
     (ValueError, r"target must have shape \(\) .* got \(1,\)", (torch.zeros(3), torch.zeros(1).long()), {}),
     (ValueError, r"shape \(2, 4\) .* got \(4, 2\)", (torch.zeros(2, 3, 4), torch.zeros(4, 2).long()), {}),
+    (
+        ValueError,
+        r"got \(2, 3\): classes are dimension 1, use input.movedim\(-1, 1\)",
+        (torch.zeros(2, 3, 4), torch.zeros(2, 3).long()),
+        {},
+    ),
     (ValueError, "at least 2 classes, got 1", (torch.zeros(2, 1), torch.zeros(2).long()), {}),
     (ValueError, "at least 2 classes, got 0", (torch.zeros(2, 0), torch.zeros(2).long()), {}),
     (
