@@ -17,7 +17,9 @@ HOW_TO_SAY_WHERE = (
 )
 
 
-def logits_and_targets(module: Callable[..., Any], batch: Any) -> tuple[Tensor, Tensor]:
+def logits_and_targets(
+    module: Callable[..., Any], batch: Any, *, mend: str = HOW_TO_SAY_WHERE
+) -> tuple[Tensor, Tensor]:
     """Runs `module` on a batch; the logits, with their graph, and the targets, shaped for a loss.
 
     Two kinds of batch are understood:
@@ -26,43 +28,67 @@ def logits_and_targets(module: Callable[..., Any], batch: Any) -> tuple[Tensor, 
     - a mapping with "labels": `module(**rest)` gives logits, or an output that holds them as `logits`. They are
       (..., K), classes last, and are flattened to (M, K), the labels (...) to (M); labels of -100 are ignored.
 
+    `mend` ends the messages of errors: what the caller can do where a batch is of another kind.
+
     Raises:
-        TypeError: the batch is of neither kind, `module` asks for other arguments, or its output holds no logits.
+        TypeError: the batch is of neither kind, `module` asks for other arguments, its output holds no logits, or
+            "labels" are not class indices.
         ValueError: logits and targets do not fit together.
     """
     if not (isinstance(batch, Mapping) and "labels" in batch) and not _is_pair(batch):
-        raise TypeError(
-            f'a batch must be a pair (x, y) or a mapping with "labels", got {described(batch)}: {HOW_TO_SAY_WHERE}'
-        )
+        raise TypeError(f'a batch must be a pair (x, y) or a mapping with "labels", got {described(batch)}: {mend}')
     if isinstance(batch, Mapping):
-        output = _called(module, **{name: value for name, value in batch.items() if name != "labels"})
-        logits, targets = _logits_of(output), batch["labels"]
-        if logits.shape[:-1] != targets.shape:
-            raise ValueError(
-                f'"labels" of shape {tuple(targets.shape)} do not fit logits of shape {tuple(logits.shape)}, '
-                f"which ask for {tuple(logits.shape[:-1])}: {HOW_TO_SAY_WHERE}"
-            )
-        return logits.flatten(0, -2), targets.flatten()
+        return _of_mapping(module, batch, mend)
     x, y = batch
-    logits = _logits_of(_called(module, x))
-    if y.shape != logits.shape[:1] + logits.shape[2:]:
+    logits = _logits_of(_called(module, mend, x), mend)
+    asked = logits.shape[:1] + logits.shape[2:]
+    if y.shape == logits.shape != asked:
+        raise ValueError(
+            f"targets of shape {tuple(y.shape)}, that of the logits, are class probabilities or one-hot (of Mixup, for "
+            "example), and class indices are wanted: return these, for example y.argmax(1), from logits=lambda module, "
+            "batch: (module(batch[0]), batch[1].argmax(1)) or from complement_logits"
+        )
+    if y.shape != asked:
         raise ValueError(
             f"targets of shape {tuple(y.shape)} do not fit logits of shape {tuple(logits.shape)}, "
-            f"which ask for {tuple(logits.shape[:1] + logits.shape[2:])}: {HOW_TO_SAY_WHERE}"
+            f"which ask for {tuple(asked)}: {mend}"
         )
     return logits, y
 
 
-def causal_lm_logits_and_targets(module: Callable[..., Any], batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _of_mapping(module: Callable[..., Any], batch: Mapping[str, Any], mend: str) -> tuple[Tensor, Tensor]:
+    output = _called(module, mend, **{name: value for name, value in batch.items() if name != "labels"})
+    logits, targets = _logits_of(output, mend), batch["labels"]
+    if targets.is_floating_point() or targets.shape == logits.shape:
+        raise TypeError(
+            f'"labels" must be class indices, an integer Tensor of shape {tuple(logits.shape[:-1])} for logits of '
+            f"shape {tuple(logits.shape)}, got {described(targets)}: multi-label problems, regression and soft labels "
+            "are not supported; of one-hot labels take labels.argmax(-1)"
+        )
+    if logits.shape[:-1] != targets.shape:
+        images = logits.dim() > 3 or targets.shape == logits.shape[:1] + logits.shape[2:]
+        classes = ", classes last" if images else ""
+        raise ValueError(
+            f'"labels" of shape {tuple(targets.shape)} do not fit logits of shape {tuple(logits.shape)}, '
+            f"which ask for {tuple(logits.shape[:-1])}{classes}: {mend}"
+        )
+    return logits.flatten(0, -2), targets.flatten()
+
+
+def causal_lm_logits_and_targets(
+    module: Callable[..., Any], batch: Mapping[str, Any], *, mend: str = HOW_TO_SAY_WHERE
+) -> tuple[Tensor, Tensor]:
     """For causal language models: each position's logits with the label of the next, (M, K) and (M).
+
+    `mend` ends the messages of errors, as in `logits_and_targets`.
 
     Raises:
         TypeError: the batch is no mapping with "labels".
     """
     if not (isinstance(batch, Mapping) and "labels" in batch):
-        raise TypeError(f'a batch must be a mapping with "labels", got {described(batch)}: {HOW_TO_SAY_WHERE}')
-    output = _called(module, **{name: value for name, value in batch.items() if name != "labels"})
-    return _logits_of(output)[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+        raise TypeError(f'a batch must be a mapping with "labels", got {described(batch)}: {mend}')
+    output = _called(module, mend, **{name: value for name, value in batch.items() if name != "labels"})
+    return _logits_of(output, mend)[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
 
 
 def count_valid(targets: Tensor, logits: Tensor) -> Tensor:
@@ -76,7 +102,7 @@ def _is_pair(batch: Any) -> bool:
     return isinstance(batch, Sequence) and len(batch) == 2 and isinstance(batch[1], Tensor)
 
 
-def _called(module: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _called(module: Callable[..., Any], mend: str, /, *args: Any, **kwargs: Any) -> Any:
     try:
         return module(*args, **kwargs)
     except TypeError as error:
@@ -86,20 +112,19 @@ def _called(module: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         except TypeError as mismatch:
             given = "x of the pair (x, y)" if args else f"{sorted(kwargs)} of the batch"
             raise TypeError(
-                f"forward of {type(module).__name__} cannot be called with {given} alone ({mismatch}): "
-                f"{HOW_TO_SAY_WHERE}"
+                f"forward of {type(module).__name__} cannot be called with {given} alone ({mismatch}): {mend}"
             ) from error
         raise
 
 
-def _logits_of(output: Any) -> Tensor:
+def _logits_of(output: Any, mend: str) -> Tensor:
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if logits is None and isinstance(output, Mapping):
         logits = output.get("logits")
     if not isinstance(logits, Tensor) or logits.dim() < 2 or not torch.is_floating_point(logits):
         raise TypeError(
             f"calling the module must give logits of shape (N, K, ...), or an output that holds them as logits, "
-            f"got {described(output)}: {HOW_TO_SAY_WHERE}"
+            f"got {described(output)}: {mend}"
         )
     return logits
 

@@ -40,6 +40,12 @@ __all__ = ["ComplementObjectiveTrainer", "causal_lm_complement_compute_loss", "c
 LogitsAndTargets = Callable[[Any, Any], tuple[Tensor, Tensor]]
 """`(module, batch) -> (logits, targets)`, as in `lightning_integration.batches`."""
 
+OF_TWO_STEPS = "pass logits=function, called as function(module, batch) -> (logits, targets)"
+OF_ONE_STEP = (
+    "pass a compute_loss_func of your own, function(outputs, labels, num_items_in_batch) -> scalar, on "
+    "cot_kernels.complement_cross_entropy"
+)
+
 
 class ComplementObjectiveTrainer(Trainer):
     """`transformers.Trainer` with two-step COT.
@@ -107,6 +113,8 @@ class ComplementObjectiveTrainer(Trainer):
         self.complement_loss = complement_loss
         self.complement_weight = complement_weight
         self._logits = logits
+        finders = (logits_and_targets, causal_lm_logits_and_targets)
+        self._find = functools.partial(logits, mend=OF_TWO_STEPS) if logits in finders else logits
         self._check_supported()
         self._model_accepts_num_items = self.model_accepts_loss_kwargs
         # To the Trainer: compute_loss divides by num_items_in_batch, whether or not the model's own loss does.
@@ -223,7 +231,7 @@ class ComplementObjectiveTrainer(Trainer):
         if return_outputs or not model.training:
             accepted = num_items_in_batch if self._model_accepts_num_items else None
             return super().compute_loss(model, inputs, return_outputs, accepted)
-        logits, targets = self._logits(model, inputs)
+        logits, targets = self._find(model, inputs)
         loss = _per_item(self._objective(logits, targets), targets, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the mean over processes is then the sum of their shares
@@ -267,8 +275,8 @@ def complement_compute_loss(*, gamma: float = -1.0, normalization: str = "comple
 
     Returns:
         A picklable function `(outputs, labels, num_items_in_batch=None) -> scalar`. It raises TypeError where outputs
-        hold no logits, ValueError where they do not fit the labels, there are none, or the outputs are those of a
-        causal language model.
+        hold no logits or labels are not class indices, ValueError where they do not fit each other, there are no
+        labels, or the outputs are those of a causal language model.
 
     Raises:
         TypeError: `gamma` is not a number.
@@ -289,7 +297,9 @@ def causal_lm_complement_compute_loss(
     return _compute_loss(causal_lm_logits_and_targets, gamma, normalization)
 
 
-def _compute_loss(find: LogitsAndTargets, gamma: float, normalization: str) -> Callable[..., Tensor]:
+def _compute_loss(
+    find: Callable[..., tuple[Tensor, Tensor]], gamma: float, normalization: str
+) -> Callable[..., Tensor]:
     # Bad arguments are found here, and not in the first batch.
     complement_cross_entropy(torch.zeros(3), torch.tensor(0), gamma=gamma, normalization=normalization)
     return functools.partial(_one_step_loss, find=find, gamma=gamma, normalization=normalization)
@@ -300,7 +310,7 @@ def _one_step_loss(
     labels: Tensor | None,
     num_items_in_batch: Tensor | int | None = None,
     *,
-    find: LogitsAndTargets,
+    find: Callable[..., tuple[Tensor, Tensor]],
     gamma: float,
     normalization: str,
 ) -> Tensor:
@@ -312,7 +322,7 @@ def _one_step_loss(
             "complement_compute_loss does not shift the labels of a causal language model, got "
             f"{type(outputs).__name__}: pass compute_loss_func=causal_lm_complement_compute_loss()"
         )
-    logits, targets = find(lambda: outputs, {"labels": labels})
+    logits, targets = find(lambda: outputs, {"labels": labels}, mend=OF_ONE_STEP)
     total = complement_cross_entropy(logits, targets, gamma=gamma, normalization=normalization, reduction="sum")
     return _per_item(total, targets, num_items_in_batch)
 
@@ -331,10 +341,18 @@ def _per_item(total: Tensor, targets: Tensor, num_items: Tensor | int | None) ->
     return total / count.clamp(min=1)  # a window without targets has loss 0
 
 
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's wrapper
+
+
+def _is_encoder_decoder(base: Any) -> bool:
+    return bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+
+
 def _shifts_labels(model: Any) -> bool:
     """Whether the labels of a model are its inputs, each to be predicted from those before it."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's wrapper
-    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+    base = _base(model)
+    if _is_encoder_decoder(base):
         return False
     causal = ("ForCausalLM", "ForConditionalGeneration")
     return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or (

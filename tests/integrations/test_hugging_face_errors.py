@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from integrations.hugging_face_models import (
     CLASSES,
     EPOCHS,
+    ROWS,
     TASKS,
     VOCABULARY,
     ComplementObjectiveTrainer,
@@ -223,3 +224,48 @@ def test_the_one_step_loss_refuses_causal_language_models(network: Any, argument
     )
     with pytest.raises(ValueError, match=r"got CausalLMOutput.*=causal_lm_complement_compute_loss\(\)"):
         trainer.train()
+
+
+# ------------------------------------------------------------------------------ batches that do not fit
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (
+            torch.zeros(ROWS, CLASSES),
+            TypeError,
+            "must be class indices, .* multi-label problems, regression and soft l",
+        ),
+        (
+            torch.zeros(ROWS, CLASSES).long(),
+            TypeError,
+            r"must be class indices, .* of one-hot .* take labels.argmax\(-1",
+        ),
+        (
+            torch.zeros(ROWS, 2).long(),
+            ValueError,
+            r"\(4, 2\) do not fit logits of shape \(4, 5\), which ask for \(4,\)",
+        ),
+    ],
+)
+def test_labels_that_are_not_one_index_a_row(labels: Tensor, error: Any, message: str, trained: Any) -> None:
+    """Neither way names an argument that it has not."""
+    data = {**labelled_texts(), "labels": labels}
+    with pytest.raises(error, match=message) as two_steps:
+        trained(bert(), data)
+    assert "complement_logits" not in str(two_steps.value)
+    own = {"compute_loss_func": complement_compute_loss()}
+    with pytest.raises(error, match=message) as one_step:
+        trained(bert(), data, trainer=transformers.Trainer, own=own)
+    assert "logits=" not in str(one_step.value)
+    if error is ValueError:
+        assert str(two_steps.value).endswith(
+            "pass logits=function, called as function(module, batch) -> (logits, targets)"
+        )
+        assert "pass a compute_loss_func of your own" in str(one_step.value)
+
+
+def test_logits_of_images_are_told_where_classes_are_expected() -> None:
+    with pytest.raises(ValueError, match=r"\(2, 5, 4, 4\), which ask for \(2, 5, 4\), classes last"):
+        complement_compute_loss()({"logits": torch.zeros(2, 5, 4, 4)}, torch.zeros(2, 16, 16, dtype=torch.int64))

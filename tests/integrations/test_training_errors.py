@@ -306,8 +306,26 @@ def test_batches_without_logits_and_targets_are_refused_before_the_first_step(
             r"\(2, 1\) do not fit logits.*ask for \(2,\)",
         ),
         (
+            lambda x: x,
+            (torch.zeros(2, 5), torch.full((2, 5), 0.2)),
+            ValueError,
+            r"shape \(2, 5\), that of the logits, are class probabilities .* return these, for example y\.argmax\(1\)",
+        ),
+        (
             lambda ids: {"logits": ids},
-            {"ids": torch.zeros(2, 3, 5), "labels": torch.zeros(2)},
+            {"ids": torch.zeros(2, 5), "labels": torch.eye(5)[:2]},
+            TypeError,
+            r'"labels" must be class indices, an integer Tensor of shape \(2,\) .* soft labels are not supported',
+        ),
+        (
+            lambda ids: {"logits": ids},
+            {"ids": torch.zeros(2, 5, 4, 4), "labels": torch.zeros(2, 4, 4).long()},
+            ValueError,
+            r"\(2, 5, 4, 4\), which ask for \(2, 5, 4\), classes last: pass logits=function.*complement_logits",
+        ),
+        (
+            lambda ids: {"logits": ids},
+            {"ids": torch.zeros(2, 3, 5), "labels": torch.zeros(2).long()},
             ValueError,
             r'"labels" of shape \(2,\) do not fit logits of shape \(2, 3, 5\), which ask for \(2, 3\)',
         ),
