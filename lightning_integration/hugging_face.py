@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from cot_kernels import complement_cross_entropy, complement_entropy, cross_entropy
 
-from .batches import IGNORE_INDEX, causal_lm_logits_and_targets, logits_and_targets
+from .batches import IGNORE_INDEX, causal_lm_logits_and_targets, described, logits_and_targets
 from .loss import ComplementLoss, check_objective, scalar_loss
 from .training import check_positive
 
@@ -79,6 +79,7 @@ class ComplementObjectiveTrainer(Trainer):
             or (M, d1, ...). Default: `lightning_integration.batches.logits_and_targets`, for models with one label
             per row or token; causal language models take `causal_lm_logits_and_targets` from there. M above is the
             number of "labels" that are not -100, without the first of each row for `causal_lm_logits_and_targets`.
+            Batches of encoder-decoders (T5, BART) must hold decoder_input_ids, as those of `DataCollatorForSeq2Seq`.
         **kwargs: as for `transformers.Trainer`.
 
     Raises:
@@ -231,6 +232,8 @@ class ComplementObjectiveTrainer(Trainer):
         if return_outputs or not model.training:
             accepted = num_items_in_batch if self._model_accepts_num_items else None
             return super().compute_loss(model, inputs, return_outputs, accepted)
+        if self._logits is logits_and_targets:
+            _check_decoder_inputs(self.model, inputs)
         logits, targets = self._find(model, inputs)
         loss = _per_item(self._objective(logits, targets), targets, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -268,6 +271,9 @@ def complement_compute_loss(*, gamma: float = -1.0, normalization: str = "comple
     complement entropy in nats and c = 1 / (K - 1), or as `normalization` says. For models with one label per row or
     token: logits (..., K), labels (...). With two labels the complement is one class, H is 0 and the loss cross-entropy
     alone: a warning says so.
+
+    The Trainer calls the model without labels, so that batches of
+    encoder-decoders (T5, BART) must hold decoder_input_ids: take `DataCollatorForSeq2Seq(tokenizer, model=model)`.
 
     Args:
         gamma: weight of the complement entropy; negative values, as published, flatten the wrong classes.
@@ -347,6 +353,20 @@ def _base(model: Any) -> Any:
 
 def _is_encoder_decoder(base: Any) -> bool:
     return bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+
+
+def _check_decoder_inputs(model: Any, batch: Mapping[str, Any]) -> None:
+    # Without labels T5 refuses to run, and BART shifts the encoder's inputs in their place, which is another task.
+    base = _base(model)
+    generates = hasattr(base, "prepare_decoder_input_ids_from_labels") or (
+        type(base).__name__.endswith("ForConditionalGeneration")
+    )
+    if _is_encoder_decoder(base) and generates and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(batch):
+        raise ValueError(
+            f"a batch for {type(base).__name__} must hold decoder_input_ids, which this encoder-decoder makes from "
+            f"labels for its own loss only, got {described(batch)}: add decoder_input_ids, as "
+            "data_collator=DataCollatorForSeq2Seq(tokenizer, model=model) does"
+        )
 
 
 def _shifts_labels(model: Any) -> bool:

@@ -26,6 +26,7 @@ from integrations.hugging_face_models import (
     hugging_face,
     labelled_texts,
     llama,
+    logged,
     next_tokens_of,
     sgd,
     transformers,
@@ -269,3 +270,37 @@ def test_labels_that_are_not_one_index_a_row(labels: Tensor, error: Any, message
 def test_logits_of_images_are_told_where_classes_are_expected() -> None:
     with pytest.raises(ValueError, match=r"\(2, 5, 4, 4\), which ask for \(2, 5, 4\), classes last"):
         complement_compute_loss()({"logits": torch.zeros(2, 5, 4, 4)}, torch.zeros(2, 16, 16, dtype=torch.int64))
+
+
+HALF = {"attention_heads": 2, "ffn_dim": 8}
+
+
+@pytest.mark.parametrize("name", ["T5", "Bart"])
+def test_encoder_decoders_need_the_decoders_inputs(name: str, trained: Any) -> None:
+    torch.manual_seed(0)
+    sizes = {
+        "T5": {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2},
+        "Bart": {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 16}
+        | {f"{half}_{size}": value for half in ("encoder", "decoder") for size, value in HALF.items()},
+    }[name]
+    config = getattr(transformers, f"{name}Config")(vocab_size=VOCABULARY, decoder_start_token_id=0, **sizes)
+    network = getattr(transformers, f"{name}ForConditionalGeneration")(config).double()
+    data = continued_texts()
+    with pytest.raises(ValueError, match=rf"{name}ForCond.* must hold decoder_input_ids.*DataCollatorForSeq2Seq\(tok"):
+        trained(network, data)
+    inputs = network.prepare_decoder_input_ids_from_labels(data["labels"])
+    losses = logged(trained(network, {**data, "decoder_input_ids": inputs}), "train_complement")
+    assert len(losses) == 12 and all(loss < 0 for loss in losses)
+
+
+def test_classifiers_on_encoder_decoders_need_no_more(trained: Any) -> None:
+    """Their decoder reads the encoder's inputs, shifted: the labels are of the whole text."""
+    torch.manual_seed(0)
+    halves = {f"{half}_{size}": value for half in ("encoder", "decoder") for size, value in HALF.items()}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 16, "num_labels": CLASSES}
+    config = transformers.BartConfig(vocab_size=VOCABULARY, d_model=8, eos_token_id=2, **halves, **layers)
+    data = labelled_texts()
+    data["input_ids"] = data["input_ids"].masked_fill(data["input_ids"] == 2, 3)
+    data["input_ids"][:, 3] = 2  # one end a text, whose hidden state is classified
+    network = transformers.BartForSequenceClassification(config).double()
+    assert logged(trained(network, data), "train_complement")
