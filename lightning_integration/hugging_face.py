@@ -272,7 +272,8 @@ def complement_compute_loss(*, gamma: float = -1.0, normalization: str = "comple
     token: logits (..., K), labels (...). With two labels the complement is one class, H is 0 and the loss cross-entropy
     alone: a warning says so.
 
-    The Trainer calls the model without labels, so that batches of
+    The Trainer calls it in evaluation too: `eval_loss` includes the complement. `label_smoothing_factor` has no effect
+    beside a `compute_loss_func`: that is the Trainer's rule. It calls the model without labels, so that batches of
     encoder-decoders (T5, BART) must hold decoder_input_ids: take `DataCollatorForSeq2Seq(tokenizer, model=model)`.
 
     Args:

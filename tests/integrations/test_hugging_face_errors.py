@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS
 
 import lightning_integration
+from cot_kernels import complement_statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 complement_compute_loss = hugging_face.complement_compute_loss
@@ -304,3 +305,19 @@ def test_classifiers_on_encoder_decoders_need_no_more(trained: Any) -> None:
     data["input_ids"][:, 3] = 2  # one end a text, whose hidden state is classified
     network = transformers.BartForSequenceClassification(config).double()
     assert logged(trained(network, data), "train_complement")
+
+
+def test_evaluation_of_the_one_step_loss(trained: Any) -> None:
+    """As the page says: eval_loss has the complement in it, and label smoothing changes nothing."""
+    data, losses = labelled_texts(), []
+    for smoothing in (0.0, 0.3):
+        own = {
+            "compute_loss_func": complement_compute_loss(gamma=-0.5, normalization="none"),
+            "eval_dataset": dataset(data),
+        }
+        trainer = trained(bert(), data, trainer=transformers.Trainer, own=own, label_smoothing_factor=smoothing)
+        losses.append(trainer.evaluate()["eval_loss"])
+    network = trainer.model.eval()
+    logits = network(input_ids=data["input_ids"], attention_mask=data["attention_mask"]).logits
+    entropy = -complement_statistics(logits, data["labels"]).negentropy.mean()
+    assert losses[0] == losses[1] == pytest.approx((F.cross_entropy(logits, data["labels"]) - 0.5 * entropy).item())
