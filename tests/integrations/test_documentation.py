@@ -5,9 +5,16 @@ from __future__ import annotations
 import re
 import textwrap
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
+from integrations.loops import adam, largest_gap, two_step_loop
+from torch import Tensor
+
+from lightning_integration import ComplementObjectiveTraining
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,3 +40,24 @@ def test_classes_are_weighted_around_a_loss() -> None:
         logits=torch.randn(5, 10),
         target=torch.tensor([3, -100, 0, 9, -100]),
     )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_another_ignored_index(pl: ModuleType, classifier: Any, network: Any, rows: Any, trainer: Any) -> None:
+    """Windows of two batches with unlike numbers of valid targets: each target weighs the same in the second step."""
+
+    class Segmentation(classifier):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self(batch[0]), batch[1], ignore_index=255)
+
+    inputs, targets = rows[0], rows[1].clone()
+    targets[[0, 1, 2, 9]] = 255
+    batches = list(zip(inputs.split(4), targets.split(4), strict=True))
+    given = {"ComplementObjectiveTraining": ComplementObjectiveTraining}
+    callback = run("docs/training.md", "Where logits and targets are", **given)["callback"]
+    module = Segmentation(network(), adam, None)
+    trainer(callbacks=[callback], accumulate_grad_batches=2).fit(module, torch.utils.data.DataLoader(batches, None))
+    expected = network()
+    expected_batches = [(x, y.masked_fill(y == 255, -100)) for x, y in batches]
+    two_step_loop(expected, expected_batches, *(adam(expected.parameters()) for _ in range(2)), accumulate=2)
+    assert largest_gap(module.network, expected) < 1e-8
