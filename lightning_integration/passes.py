@@ -30,7 +30,8 @@ def check_trainable(module: LightningModule, *, shared: bool) -> None:
         raise RuntimeError(
             f"{name} uses manual optimization (automatic_optimization=False), which "
             "complement objective training does not support: let configure_optimizers return one "
-            "optimizer and leave automatic_optimization at True; the complement step needs no second one"
+            "optimizer and leave automatic_optimization at True, for the complement step needs no second one; or take "
+            "both steps in training_step yourself, with cot_kernels.complement_entropy"
         )
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         raise RuntimeError(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from integrations.loops import adam, largest_gap, two_step_loop
+from integrations.loops import adam, largest_gap, sgd, two_step_loop
 from torch import Tensor
 
 from lightning_integration import ComplementObjectiveTraining
@@ -60,4 +60,25 @@ def test_another_ignored_index(pl: ModuleType, classifier: Any, network: Any, ro
     expected = network()
     expected_batches = [(x, y.masked_fill(y == 255, -100)) for x, y in batches]
     two_step_loop(expected, expected_batches, *(adam(expected.parameters()) for _ in range(2)), accumulate=2)
+    assert largest_gap(module.network, expected) < 1e-8
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_both_steps_in_manual_optimization(pl: ModuleType, network: Any, loader: Any, trainer: Any) -> None:
+    class Classifier(run("docs/training.md", "What is refused", pl=pl)["Manual"]):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.network = network()
+
+        def forward(self, inputs: Tensor) -> Any:
+            return self.network(inputs)
+
+        def configure_optimizers(self) -> Any:
+            return sgd(self.parameters())
+
+    module, expected = Classifier(), network()
+    trainer().fit(module, loader)
+    optimizer = sgd(expected.parameters())
+    two_step_loop(expected, list(loader), optimizer, optimizer)
     assert largest_gap(module.network, expected) < 1e-8

@@ -85,7 +85,8 @@ def test_manual_optimization_is_refused(refused: Any) -> None:
     def manual(module: Any, run: Any) -> None:
         module.automatic_optimization = False
 
-    refused("uses manual optimization .*leave automatic_optimization at True", prepare=manual)
+    message = "uses manual optimization .*leave automatic_optimization at True.* in training_step yourself, with cot_k"
+    refused(message, prepare=manual)
 
 
 @pytest.mark.parametrize(
