@@ -82,3 +82,41 @@ def test_both_steps_in_manual_optimization(pl: ModuleType, network: Any, loader:
     optimizer = sgd(expected.parameters())
     two_step_loop(expected, list(loader), optimizer, optimizer)
     assert largest_gap(module.network, expected) < 1e-8
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_the_pages_on_hugging_face(arguments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from integrations import hugging_face_models as models
+
+    transformers = models.transformers
+    trained: list[tuple[str, str]] = []
+    train = transformers.Trainer.train
+
+    def watched(trainer: Any) -> None:
+        train(trainer)
+        logs = {name for entry in trainer.state.log_history for name in entry}
+        assert ("train_complement" in logs) == isinstance(trainer, models.ComplementObjectiveTrainer)
+        trained.append((type(trainer).__name__, type(trainer.model).__name__))
+
+    monkeypatch.setattr(transformers.Trainer, "train", watched)
+    torch.manual_seed(0)
+    half = {"depths": [1], "sr_ratios": [1], "hidden_sizes": [8], "num_attention_heads": [1], "mlp_ratios": [1]}
+    rest = {"patch_sizes": [3], "strides": [2], "num_encoder_blocks": 1, "decoder_hidden_size": 8, "num_labels": 5}
+    segmenter = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(**half, **rest)).double()
+    image = {"pixel_values": torch.randn(3, 16, 16).double(), "labels": torch.randint(5, (16, 16))}
+    image["labels"][:3] = -100
+    given = {
+        "model": models.bert(),
+        "language_model": models.llama(),
+        "segmenter": segmenter,
+        "dataset": models.dataset(models.labelled_texts()),
+        "texts": models.dataset(models.continued_texts()),
+        "images": [image] * 6,
+        "arguments": arguments(num_train_epochs=1),
+    }
+    for heading in ("One step", "Two steps", "Tokens, language models, images"):
+        given |= run("docs/hugging_face.md", heading, **given)
+    run("README.md", "In Hugging Face transformers", **given)
+    one, two = "Trainer", "ComplementObjectiveTrainer"
+    bert, llama, segformer = "BertForSequenceClassification", "LlamaForCausalLM", "SegformerForSemanticSegmentation"
+    assert trained == [(one, bert), (two, bert), (one, llama), (two, llama), (two, segformer), (two, bert), (one, bert)]
