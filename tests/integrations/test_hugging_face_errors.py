@@ -96,6 +96,7 @@ def test_one_step_loss_by_itself() -> None:
 def test_names_are_found_in_the_package() -> None:
     for name in hugging_face.__all__:
         assert getattr(lightning_integration, name) is getattr(hugging_face, name)
+    assert dir(lightning_integration) == sorted(lightning_integration.__all__)
 
 
 def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
