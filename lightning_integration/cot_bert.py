@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from cot_kernels import complement_cross_entropy, complement_entropy
 
 from ._lightning import pl
+from .checks import check_count, check_nonnegative, check_positive
 from .data import ModelPath, resolved
 from .loss import ComplementLoss
 from .mixin import ComplementObjectiveMixin
@@ -76,14 +76,9 @@ class CotBert(ComplementObjectiveMixin, pl.LightningModule):
         one_step_weight: float = 0.0,
     ) -> None:
         super().__init__()
-        if isinstance(num_labels, bool) or not isinstance(num_labels, int):
-            raise TypeError(f"num_labels must be an int, got {type(num_labels).__name__}")
-        if num_labels < 2:
-            raise ValueError(f"num_labels must be at least 2, got {num_labels}")
-        if not (learning_rate > 0 and math.isfinite(learning_rate)):
-            raise ValueError(f"learning_rate must be positive and finite, got {learning_rate}")
-        if not (one_step_weight >= 0 and math.isfinite(one_step_weight)):
-            raise ValueError(f"one_step_weight must be at least 0 and finite, got {one_step_weight}")
+        check_count("num_labels", num_labels, least=2)
+        check_positive("learning_rate", learning_rate)
+        check_nonnegative("one_step_weight", one_step_weight)
         if use_cot and one_step_weight > 0:
             raise ValueError(
                 f"one_step_weight={one_step_weight} needs use_cot=False: the complement is trained either in "

@@ -24,8 +24,8 @@ from torch.optim import Optimizer
 from cot_kernels import complement_cross_entropy, complement_entropy, cross_entropy
 
 from .batches import IGNORE_INDEX, causal_lm_logits_and_targets, described, logits_and_targets
+from .checks import check_positive
 from .loss import ComplementLoss, check_objective, scalar_loss
-from .training import check_positive
 
 try:
     from transformers import Trainer

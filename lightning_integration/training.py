@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Callable, MutableMapping, MutableSequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,6 +28,7 @@ from torch.optim import Optimizer
 
 from cot_kernels import complement_entropy
 
+from .checks import check_count, check_positive
 from .loss import ComplementLoss, LogitsFunction, WindowLoss, check_objective
 from .optimizers import (
     ComplementOptimizer,
@@ -102,8 +102,8 @@ class ComplementObjectiveEngine:
             )
         check_positive("lr_ratio", lr_ratio)
         check_positive("weight", weight)
-        _check_count("every_n_steps", every_n_steps, least=1)
-        _check_count("start_epoch", start_epoch, least=0)
+        check_count("every_n_steps", every_n_steps, least=1)
+        check_count("start_epoch", start_epoch, least=0)
         if not isinstance(freeze_batchnorm_stats, bool):
             raise TypeError(f"freeze_batchnorm_stats must be a bool, got {type(freeze_batchnorm_stats).__name__}")
         if log_name is not None and not isinstance(log_name, str):
@@ -359,18 +359,3 @@ class ComplementObjectiveEngine:
 
 def _copied(batch: Any) -> Any:
     return copy.copy(batch) if isinstance(batch, (MutableMapping, MutableSequence)) else batch
-
-
-def check_positive(name: str, value: float) -> None:
-    """TypeError or ValueError, naming the argument, for all but a positive, finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")
-
-
-def _check_count(name: str, value: int, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
