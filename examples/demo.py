@@ -34,10 +34,10 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from transformers.utils import logging as transformers_logging
 
 from cot_kernels import complement_entropy, complement_statistics
+from examples.demo_figure import comparison_figure
 from examples.demo_report import Results, conclusion, print_report
 from lightning_integration import BBCNewsDataModule, CotBert, packaged_minilm
 from lightning_integration._lightning import pl
-from lightning_integration.plots import comparison_figure
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ All of it from the results alone, whoever wins: `python -m examples.demo --from 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
-
-from lightning_integration.plots import mean_and_deviation
 
 Results = dict[str, Any]
 """What results.json holds: "title", "config", "versions", "machine", "methods" and "runs"."""
@@ -53,6 +53,14 @@ def summary(results: Results) -> dict[str, dict[str, tuple[float, float | None]]
         }
         for method in results["methods"]
     }
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation; the latter None for a single value."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
 def table_rows(results: Results) -> list[list[str]]:

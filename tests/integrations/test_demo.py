@@ -20,7 +20,7 @@ import torch
 for package in ("transformers", "torchmetrics", "rich", "matplotlib"):
     pytest.importorskip(package)
 try:
-    from examples import demo, demo_report
+    from examples import demo, demo_figure, demo_report
 except ModuleNotFoundError:
     pytest.skip("needs Lightning", allow_module_level=True)
 
@@ -232,14 +232,14 @@ def test_conclusion_follows_the_figures(results: dict[str, Any]) -> None:
 
 
 def test_figure_shows_the_results(results: dict[str, Any], tmp_path: Path) -> None:
-    figure = demo.comparison_figure(results)
+    figure = demo_figure.comparison_figure(results)
     accuracy, loss, shares = figure.axes
     assert [line.get_label() for line in accuracy.lines] == [m["label"] for m in results["methods"]]
     assert list(loss.lines[2].get_ydata()) == [1, 0.5]
     assert [bar.get_height() for bar in shares.patches[:4]] == pytest.approx([0.4, 0.3, 0.2, 0.1])
     figure.savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(PNG)
-    demo.comparison_figure(one_seed(results)).savefig(tmp_path / "one.png")
+    demo_figure.comparison_figure(one_seed(results)).savefig(tmp_path / "one.png")
 
 
 def test_reports_an_earlier_run_again(

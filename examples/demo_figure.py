@@ -1,8 +1,7 @@
-"""Figures of training results, drawn without matplotlib's global state (no display, no pyplot)."""
+"""The demo's figure, drawn without matplotlib's global state (no display, no pyplot)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-__all__ = ["comparison_figure"]
+from examples.demo_report import mean_and_deviation
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; dashes repeat what colour says.
 STYLES = (("#000000", "-"), ("#E69F00", "-."), ("#0072B2", "-"), ("#999999", "--"), ("#009E73", ":"))
@@ -86,14 +85,6 @@ def _bars(axes: Axes, shares: Sequence[Sequence[float]], index: int, count: int,
     positions = [rank + (index - (count - 1) / 2) * width for rank in range(len(means))]
     whiskers = [deviation or 0 for deviation in deviations]
     axes.bar(positions, means, 0.9 * width, yerr=whiskers, color=color, error_kw={"linewidth": 0.8})
-
-
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; the latter None for a single value."""
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, None
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
 def _ordinal(rank: int) -> str:
