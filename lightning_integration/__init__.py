@@ -1,8 +1,8 @@
 """Complement objective training in Lightning: callback, mixin, transformer text classifier, BBC News.
 
 `ComplementObjectiveEngine` and `ComplementObjectiveMixin` import no Lightning. The other names import what they need
-when they are first used: `ComplementObjectiveTrainer` and the `..._compute_loss` functions transformers, the rest
-Lightning and transformers.
+when they are first used: `packaged_minilm` nothing, `ComplementObjectiveTrainer` and the `..._compute_loss` functions
+transformers, the rest Lightning and transformers.
 
 Lightning comes as two packages, `lightning.pytorch` and `pytorch_lightning`, and the Trainer of one takes no module of
 the other. `CotBert` and `BBCNewsDataModule` belong to the one that is imported before they are, else to
@@ -21,7 +21,8 @@ from .training import ComplementObjectiveEngine
 if TYPE_CHECKING:
     from .callback import ComplementObjectiveTraining
     from .cot_bert import CotBert
-    from .data import BBCNewsDataModule, packaged_minilm
+    from .data import BBCNewsDataModule
+    from .encoders import packaged_minilm
     from .hugging_face import ComplementObjectiveTrainer, causal_lm_complement_compute_loss, complement_compute_loss
 
 __all__ = [
@@ -45,7 +46,7 @@ _MODULE_OF = {
     "CotBert": "cot_bert",
     "causal_lm_complement_compute_loss": "hugging_face",
     "complement_compute_loss": "hugging_face",
-    "packaged_minilm": "data",
+    "packaged_minilm": "encoders",
 }
 
 

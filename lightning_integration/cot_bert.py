@@ -17,7 +17,7 @@ from cot_kernels import complement_cross_entropy, complement_entropy
 
 from ._lightning import pl
 from .checks import check_count, check_nonnegative, check_positive
-from .data import ModelPath, resolved
+from .encoders import ModelPath, resolved
 from .loss import ComplementLoss
 from .mixin import ComplementObjectiveMixin
 from .training import ComplementObjectiveEngine

