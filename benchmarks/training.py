@@ -20,10 +20,10 @@ from rich.table import Table
 
 from benchmarks.arguments import output_file, thread_count
 from benchmarks.environment import environment
-from examples.demo import silence
 from examples.digits import Digits, DigitsNet
+from examples.quiet import silence
 from lightning_integration import BBCNewsDataModule, ComplementObjectiveTraining, CotBert, packaged_minilm
-from lightning_integration._lightning import Callback, pl
+from lightning_integration.lightning_package import Callback, pl
 
 GROUP = 4  # batches timed together, so that a second step every fourth batch is seen in each
 ROUNDS = 3

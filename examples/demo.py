@@ -13,31 +13,29 @@ import argparse
 import functools
 import gc
 import json
-import logging
 import os
 import platform
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
-from transformers.utils import logging as transformers_logging
 
 from cot_kernels import complement_entropy, complement_statistics
 from examples.demo_figure import comparison_figure
 from examples.demo_report import Results, conclusion, print_report
+from examples.quiet import silence
 from lightning_integration import BBCNewsDataModule, CotBert, packaged_minilm
-from lightning_integration._lightning import pl
 
 
 @dataclass(frozen=True)
@@ -350,20 +348,6 @@ def load_results(path: Path) -> Results:
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise SystemExit(f"{path} does not hold the results of this demo ({error!r})") from error
     return dict(results)
-
-
-def silence() -> None:
-    """Keeps the libraries from writing over the progress bar what a reader of the demo need not know."""
-    # Which devices were found, that training reached its last epoch, tips. Warnings and errors stay.
-    for name in ("lightning.pytorch", "pytorch_lightning"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # That the classification head is newly initialised, as it must be, and a bar for reading the weights.
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    # The texts are tokenised already: worker processes would only cost their start.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Lightning's own use of a deprecated torch function.
-    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_integration._lightning import pl
+# As `import lightning.pytorch as pl`; this one is pytorch_lightning where that was imported first.
+from lightning_integration.lightning_package import pl
 
 CLASSES = 10
 

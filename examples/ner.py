@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple
 
+import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from rich import box
@@ -32,9 +33,8 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from cot_kernels import complement_statistics
-from examples.demo import silence
+from examples.quiet import silence
 from lightning_integration import ComplementObjectiveTraining, packaged_minilm
-from lightning_integration._lightning import pl
 from lightning_integration.batches import IGNORE_INDEX
 
 TYPES = (

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cot_kernels import complement_entropy
 
-from ._lightning import Callback, pl
 from .batches import HOW_TO_SAY_WHERE, logits_and_targets
+from .lightning_package import Callback, pl
 from .loss import ComplementLoss
 from .mixin import ComplementObjectiveMixin
 from .optimizers import ComplementOptimizer

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import DefaultHelpFormatter
 
-from ._lightning import pl
 from .callback import ComplementObjectiveTraining
+from .lightning_package import pl
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI

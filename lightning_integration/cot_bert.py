@@ -15,9 +15,9 @@ from transformers import AutoModelForSequenceClassification
 
 from cot_kernels import complement_cross_entropy, complement_entropy
 
-from ._lightning import pl
 from .checks import check_count, check_nonnegative, check_positive
 from .encoders import ModelPath, resolved
+from .lightning_package import pl
 from .loss import ComplementLoss
 from .mixin import ComplementObjectiveMixin
 from .training import ComplementObjectiveEngine

@@ -17,8 +17,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
-from ._lightning import pl
 from .encoders import ModelPath, package_folder, resolved
+from .lightning_package import pl
 
 __all__ = [
     "BBC_TOPICS",

@@ -25,7 +25,7 @@ for package in ("jsonargparse", "rich", "sklearn", "tensorboard", "torchmetrics"
     pytest.importorskip(package)
 try:
     from lightning_integration import ComplementObjectiveTraining, cli, logits_and_targets
-    from lightning_integration._lightning import pl
+    from lightning_integration.lightning_package import pl
 except ModuleNotFoundError:
     pytest.skip("needs Lightning", allow_module_level=True)
 

@@ -1,4 +1,4 @@
-"""Lightning, under whichever of its two names is in use."""
+"""Lightning, under whichever of its two names is in use: `pl` is `lightning.pytorch` or `pytorch_lightning`."""
 
 from __future__ import annotations
 
