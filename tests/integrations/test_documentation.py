@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -120,3 +121,18 @@ def test_the_pages_on_hugging_face(arguments: Any, monkeypatch: pytest.MonkeyPat
     one, two = "Trainer", "ComplementObjectiveTrainer"
     bert, llama, segformer = "BertForSequenceClassification", "LlamaForCausalLM", "SegformerForSemanticSegmentation"
     assert trained == [(one, bert), (two, bert), (one, llama), (two, llama), (two, segformer), (two, bert), (one, bert)]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_what_readme_writes_for_adam(pl: ModuleType, classifier: Any, network: Any, loader: Any, trainer: Any) -> None:
+    """Both ways train, and neither draws the warning of a separate optimizer."""
+    assert run("README.md", "In plain PyTorch")["loss"].requires_grad
+    names = run("README.md", "In Lightning")
+    (callback,) = (each for each in names["trainer"].callbacks if isinstance(each, ComplementObjectiveTraining))
+    engine = names["Classifier"].configure_complement_objective(None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*divides by the size")
+        for callbacks, own in (([callback], None), ([], engine)):
+            fit = trainer(max_epochs=1, callbacks=callbacks)
+            fit.fit(classifier(network(), adam, own), loader)
+            assert fit.callback_metrics["train_complement"] < -0.5  # in nats
