@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from benchmarks.arguments import output_folder
 from benchmarks.cases import DTYPES
@@ -25,6 +26,7 @@ Rows: TypeAlias = Sequence[dict[str, Any]]
 Value: TypeAlias = Callable[[dict[str, Any]], float | None]  # of a row; None where it has none
 
 BASELINE = "published"
+ABSENT = "n/a"
 SPREAD = 30  # between the highest and the lowest point of a figure: beyond it the axis is logarithmic
 
 # Up to so many logits a problem's time is mostly what its calls, and on a GPU its launches, cost.
@@ -109,10 +111,16 @@ def bars(rows: Rows, title: str, label: str, value: Value, *, reference: float |
         cases = list(dict.fromkeys(row["case"] for row in some))
         providers = [provider for provider in COLORS if any(row["provider"] == provider for row in some)]
         width = 0.85 / max(len(providers), 1)
+        marks: list[tuple[float, float | None]] = []
         for index, provider in enumerate(providers):
             heights = {row["case"]: value(row) for row in some if row["provider"] == provider}
-            places = [place + (index - len(providers) / 2 + 0.5) * width for place in range(len(cases))]
-            axes.bar(places, [heights.get(case) or 0 for case in cases], width, color=COLORS[provider], label=provider)
+            places = {case: place + (index - len(providers) / 2 + 0.5) * width for place, case in enumerate(cases)}
+            there = {case: height for case in cases if (height := heights.get(case)) is not None}
+            axes.bar(
+                [places[case] for case in there], list(there.values()), width, color=COLORS[provider], label=provider
+            )
+            marks.extend((places[case], there.get(case)) for case in cases)
+        _mark(axes, marks)
         axes.set_xticks(range(len(cases)), cases)
         if len(cases) > 6:
             for text in axes.get_xticklabels():
@@ -122,8 +130,22 @@ def bars(rows: Rows, title: str, label: str, value: Value, *, reference: float |
     return with_legend(drawing, [axes for _, axes in found])
 
 
+def _mark(axes: Axes, heights: Sequence[tuple[float, float | None]]) -> None:
+    """What was not measured, and what is too low to be seen: either looks like no bar, which says zero."""
+    low = 0.01 * max(height for _, height in heights if height is not None)
+    for place, height in heights:
+        if height is None or height < low:
+            axes.annotate(
+                ABSENT if height is None else "~ 0", (place, 0), (0, 2), textcoords="offset points", rotation=90,
+                ha="center", va="bottom", fontsize="xx-small", color="0.3",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+            )  # fmt: skip
+
+
 def with_legend(drawing: Figure, axes: Sequence[Axes]) -> Figure:
     handles = {label: handle for each in axes for handle, label in zip(*each.get_legend_handles_labels(), strict=True)}
+    if any(text.get_text() == ABSENT for each in axes for text in each.texts):
+        handles[f"{ABSENT}: not measured"] = Line2D([], [], linestyle="")
     drawing.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     return drawing
 

@@ -62,6 +62,24 @@ def test_figures(results: list[dict[str, Any]], tmp_path: Path) -> None:
     assert bars[0].get_height() == pytest.approx(101 / 102)
 
 
+def test_what_was_not_measured_is_marked(results: list[dict[str, Any]]) -> None:
+    """A bar of no height would say that it takes no memory; one too low to be seen says so."""
+    plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
+    rows = [
+        dict(row, peak_bytes=7 * row["rows"] * row["classes"] * 2)
+        for row in results
+        if row["dtype"] == "bf16" and not (row["provider"] == "cross_entropy" and row["classes"] == 32000)
+    ]
+    for row in rows:
+        if row["provider"] == "Liger cross_entropy" and row["classes"] == 128256:
+            row["peak_bytes"] = 1000
+    figure = plots.figures(rows)["memory"]
+    assert len(figure.axes[0].patches) == 3 * len(PROVIDERS) - 1
+    assert sorted(text.get_text() for text in figure.axes[0].texts) == ["n/a", "~ 0"]
+    assert figure.legends[0].get_texts()[-1].get_text() == "n/a: not measured"
+    assert not plots.figures(results)["speedup"].axes[0].texts
+
+
 def test_figures_are_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same case of two runs, or of two devices, would be drawn as one: of the last file, without a word."""
     plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
