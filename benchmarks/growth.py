@@ -68,12 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for along, size in points:
             advance(case_of(along, size).name)
             results.extend(measure(along, size, options.seconds))
+    measured_on = environment(options.threads)
     if options.output:
-        reports.write(options.output, {"environment": environment(options.threads)}, results)
+        reports.write(options.output, {"environment": measured_on}, results)
     if options.figure:
-        from benchmarks.plots import growth, write  # Matplotlib: only where a figure is wanted
+        from benchmarks.plots import about, growth, write  # Matplotlib: only where a figure is wanted
 
-        write(growth(results), options.figure)
+        write(growth(results, about([measured_on])), options.figure)
 
 
 if __name__ == "__main__":

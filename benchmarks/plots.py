@@ -7,7 +7,7 @@ those that the results hold points for. Forward and backward together, with an u
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,6 +27,8 @@ Value: TypeAlias = Callable[[dict[str, Any]], float | None]  # of a row; None wh
 
 BASELINE = "published"
 ABSENT = "n/a"
+BANDWIDTH = "forward and backward: bandwidth, counted bytes / time (higher is better)"
+SHARE = "share of a copy's"
 SPREAD = 30  # between the highest and the lowest point of a figure: beyond it the axis is logarithmic
 
 # Up to so many logits a problem's time is mostly what its calls, and on a GPU its launches, cost.
@@ -34,7 +36,7 @@ SMALL_LOGITS, SMALL_LOGITS_GPU = 1 << 19, 1 << 22
 
 # Okabe and Ito's palette; a provider has the same colour in every figure, and ours the solid lines.
 _COLORS = ("#999999", "#56B4E9", "#000000", "#F0E442", "#CC79A7", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#882255")
-COLORS = {provider.name: color for provider, color in zip(PROVIDERS, _COLORS, strict=True)} | {COPY: "0.5"}
+COLORS = {provider.name: color for provider, color in zip(PROVIDERS, _COLORS, strict=True)} | {COPY: "#6A3D9A"}
 OTHERS = ("published", "published, compiled", "F.cross_entropy", "Liger cross_entropy", "quack cross_entropy", COPY)
 OURS = [provider for provider in COLORS if provider not in OTHERS]
 
@@ -52,6 +54,22 @@ def timed(results: Rows, *, graph: bool = False) -> list[dict[str, Any]]:
 
 def dtypes_of(rows: Rows) -> list[str]:
     return [dtype for dtype in DTYPES if any(row["dtype"] == dtype for row in rows)]
+
+
+def about(environments: Iterable[Mapping[str, Any]]) -> str:
+    """Of what device, by what and when: the figure's small print."""
+    said: dict[str, None] = {}
+    for each in environments:
+        on_cpu = each["device"] == "cpu"
+        said[each["cpu"] if on_cpu and each.get("cpu") else each["device"]] = None
+        for key, text in (("threads", "{} threads"), ("torch", "torch {}"), ("commit", "at {}"), ("date", "{}")):
+            if each.get(key) and (on_cpu or key != "threads"):
+                said[text.format(each[key])] = None
+    return ", ".join(said)
+
+
+def small_print(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="right", fontsize="x-small", color="0.4")
 
 
 def panels(rows: Rows, title: str, label: str) -> tuple[Figure, list[tuple[str, Axes]]]:
@@ -82,7 +100,7 @@ def lines(rows: Rows, title: str, label: str, value: Value) -> Figure:
                 if (row["provider"], row["dtype"]) == (provider, dtype) and value(row) is not None:
                     points[row["classes"]] = max(points.get(row["classes"], row), row, key=lambda each: each["rows"])
             if points:
-                style = "--" if provider in OTHERS else "-"
+                style = ":" if provider == COPY else "--" if provider in OTHERS else "-"
                 classes = sorted(points)
                 heights = [value(points[each]) or 0 for each in classes]
                 places = [sizes.index(each) for each in classes]
@@ -116,9 +134,8 @@ def bars(rows: Rows, title: str, label: str, value: Value, *, reference: float |
             heights = {row["case"]: value(row) for row in some if row["provider"] == provider}
             places = {case: place + (index - len(providers) / 2 + 0.5) * width for place, case in enumerate(cases)}
             there = {case: height for case in cases if (height := heights.get(case)) is not None}
-            axes.bar(
-                [places[case] for case in there], list(there.values()), width, color=COLORS[provider], label=provider
-            )
+            at, tall = [places[case] for case in there], list(there.values())
+            axes.bar(at, tall, width, color=COLORS[provider], label=provider)
             marks.extend((places[case], there.get(case)) for case in cases)
         _mark(axes, marks)
         axes.set_xticks(range(len(cases)), cases)
@@ -166,41 +183,46 @@ def memory(row: dict[str, Any]) -> float | None:
     return float(row["peak_bytes"] / (row["rows"] * row["classes"] * DTYPES[row["dtype"]].itemsize))
 
 
-def figures(results: Rows) -> dict[str, Figure]:
-    """By file name; a figure without points is left out."""
+def figures(results: Rows, said: str = "") -> dict[str, Figure]:
+    """By file name, with what is said of the results; a figure without points is left out."""
     rows = timed(results)
     most = SMALL_LOGITS_GPU if any(row["graph"] for row in results) else SMALL_LOGITS
     large = [row for row in rows if row["rows"] * row["classes"] > most]
     small = [row for row in rows if row["rows"] * row["classes"] <= most and row["provider"] != COPY]
     drawn: dict[str, Figure] = {}
     if any(row["copy_share"] is not None for row in large):
-        title, label = "bandwidth of both passes: counted bytes / time", "share of the copy's"
-        drawn["roofline"] = lines(large, title, label, lambda row: row["copy_share"])
+        drawn["roofline"] = lines(large, BANDWIDTH, SHARE, lambda row: row["copy_share"])
     speedup = speedup_over(rows)
     if any(speedup(row) for row in rows):
-        drawn["speedup"] = bars(rows, "both passes", "times faster than published", speedup, reference=1)
+        title = "forward and backward: times faster than the published operations (higher is better)"
+        drawn["speedup"] = bars(rows, title, "published / time", speedup, reference=1)
     if any(row["peak_bytes"] is not None for row in rows):
         held = [row for row in large if row["provider"] != COPY] or rows
-        drawn["memory"] = bars(held, "memory beside the logits", "peak / logits", memory)
+        title = "forward and backward: peak memory beside the logits (lower is better)"
+        drawn["memory"] = bars(held, title, "peak / size of the logits", memory)
     if small:
-        drawn["latency"] = bars(small, "small problems, both passes", "microseconds", lambda row: row["p50"])
+        title = "small problems, forward and backward: median time (lower is better)"
+        drawn["latency"] = bars(small, title, "microseconds", lambda row: row["p50"])
     replayed = timed(results, graph=True)
-    if graphs := [row for row in replayed if row["rows"] * row["classes"] <= most]:
-        title = "small problems in a CUDA graph, both passes"
+    graphs = [row for row in replayed if row["rows"] * row["classes"] <= most and row["provider"] != COPY]
+    if graphs:
+        title = "small problems in a CUDA graph, forward and backward: median time (lower is better)"
         drawn["latency_graph"] = bars(graphs, title, "microseconds", lambda row: row["p50"])
     graphs = [row for row in replayed if row["rows"] * row["classes"] > most and row["copy_share"] is not None]
     if graphs:
-        title = "bandwidth of both passes in a CUDA graph: counted bytes / time"
-        drawn["roofline_graph"] = lines(graphs, title, "share of the copy's", lambda row: row["copy_share"])
+        drawn["roofline_graph"] = lines(graphs, f"in a CUDA graph, {BANDWIDTH}", SHARE, lambda row: row["copy_share"])
+    for figure in drawn.values():
+        small_print(figure.axes[0], said)
     return drawn
 
 
-def growth(results: Rows) -> Figure:
+def growth(results: Rows, said: str = "") -> Figure:
     """Time and memory against rows and against classes, of benchmarks/growth.py; the thin lines are linear."""
-    drawing = Figure(figsize=(9.5, 7), dpi=130, layout="constrained")
+    drawing = Figure(figsize=(9.5, 7.4), dpi=130, layout="constrained")
+    drawing.suptitle("forward and backward, float32: how time and memory grow (lower is better)")
     grid = drawing.subplots(2, 2, sharex="col")
     for row, (key, label) in enumerate((("p50", "microseconds, both passes"), ("peak_bytes", "peak bytes"))):
-        for column, along in enumerate(("rows", "classes")):
+        for column, (along, fixed) in enumerate((("rows", "classes"), ("classes", "rows"))):
             axes = grid[row][column]
             for provider in dict.fromkeys(result["provider"] for result in results):
                 found = [each for each in results if (each["provider"], each["along"]) == (provider, along)]
@@ -208,10 +230,12 @@ def growth(results: Rows) -> Figure:
                 axes.plot(sizes, values, color=COLORS[provider], marker="o", markersize=3, label=provider)
                 last = values[-1] / sizes[-1]
                 axes.plot(sizes, [last * size for size in sizes], color=COLORS[provider], linewidth=0.6, alpha=0.6)
-            axes.set(xscale="log", yscale="log", ylabel=label, xlabel=along if row else "")
+            axes.set(xscale="log", yscale="log", ylabel=label, xlabel=f"{along}, at {found[0][fixed]} {fixed}")
             axes.set_ylim(min(each[key] for each in results) / 2, max(each[key] for each in results) * 2)
             axes.grid(color="0.9", linewidth=0.7)
             axes.spines[["top", "right"]].set_visible(False)
+    grid[0][0].plot([], [], color="0.3", linewidth=0.6, label="thin: linear, through the last point")
+    small_print(grid[0][1], said)
     return with_legend(drawing, [grid[0][0]])
 
 
@@ -239,12 +263,12 @@ def widths(results: Rows) -> Figure:
     return drawing
 
 
-def kernels(results: Rows, predictions: Rows) -> Figure:
+def kernels(results: Rows, predictions: Rows, said: str = "") -> Figure:
     """Those of benchmarks/kernels.py, of rows that adjoin, beside what benchmarks/widths.py predicts in bfloat16."""
     rows = [row for row in results if row["layout"] == "rows" and "both_share" in row]
     dtypes = dtypes_of(rows)
     drawing = Figure(figsize=(9.5, 1.0 + 2.9 * len(dtypes)), dpi=130, layout="constrained")
-    drawing.suptitle("measured, 2^28 logits", fontsize="medium")
+    drawing.suptitle("measured, 2^28 logits: share of a copy's bandwidth (higher is better)", fontsize="medium")
     panels = [row[0] for row in drawing.subplots(len(dtypes), 1, squeeze=False, sharex=True)]
     for dtype, axes in zip(dtypes, panels, strict=True):
         for name, color in (("forward", "#56B4E9"), ("backward", "#0072B2"), ("both", "#D55E00")):
@@ -265,12 +289,13 @@ def kernels(results: Rows, predictions: Rows) -> Figure:
                     [row["classes"] for row in some], [row["both"] for row in some],
                     color="0.5", linewidth=1.0, linestyle=style, label=label,
                 )  # fmt: skip
-        axes.axhline(0.9, color="0.4", linewidth=0.8, linestyle="-.")
+        axes.axhline(0.9, color="0.4", linewidth=0.8, linestyle="-.", label="goal from 1,000 classes on")
         axes.set_title(dtype, loc="left", fontsize="medium")
         axes.set(xscale="log", ylabel="share of a copy's bandwidth", ylim=(0, 1.1))
         axes.grid(color="0.9", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize="small", loc="lower right")
+    small_print(panels[0], said)
     panels[-1].set_xlabel("classes")
     panels[-1].set_xticks([10, 100, 1000, 10000, 100000], ["10", "100", "1,000", "10,000", "100,000"])
     return drawing
@@ -313,7 +338,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     grown = [row for row in rows if "along" in row]
-    drawn = figures([row for row in rows if "along" not in row]) | ({"growth": growth(grown)} if grown else {})
+    said = about(report["environment"] for _, report in options.results)
+    drawn = figures([row for row in rows if "along" not in row], said)
+    if grown:
+        drawn["growth"] = growth(grown, said)
     if not drawn:
         parser.error(f"nothing to draw: got {len(rows)} rows, none of both passes that was timed; measure again")
     for name, figure in drawn.items():

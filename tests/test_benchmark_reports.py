@@ -62,6 +62,23 @@ def test_figures(results: list[dict[str, Any]], tmp_path: Path) -> None:
     assert bars[0].get_height() == pytest.approx(101 / 102)
 
 
+def test_figures_say_of_what_they_are_and_what_is_better(results: list[dict[str, Any]]) -> None:
+    plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
+    cpu = {"device": "cpu", "cpu": "AMD EPYC", "threads": 2, "torch": "2.13", "commit": "50605a0", "date": "2026-11-25"}
+    said = plots.about([cpu, {**cpu, "commit": "5bf8b57"}])
+    assert said == "AMD EPYC, 2 threads, torch 2.13, at 50605a0, 2026-11-25, at 5bf8b57"
+    assert plots.about([{**cpu, "device": "NVIDIA H200"}]) == "NVIDIA H200, torch 2.13, at 50605a0, 2026-11-25"
+    grown = json.loads((RESULTS / "growth.json").read_text())["results"]
+    measured = json.loads((RESULTS / "gpu_kernels.json").read_text())["results"]
+    drawn = plots.figures(results, said)
+    for figure in (*drawn.values(), plots.growth(grown, said), plots.kernels(measured, [], said)):
+        assert any(axes.get_title(loc="right") == said for axes in figure.axes)
+        assert any(f"({way} is better)" in figure.get_suptitle() for way in ("lower", "higher")), figure.get_suptitle()
+    for name in ("latency", "latency_graph"):  # a copy is no loss
+        assert runner.COPY not in drawn[name].axes[0].get_legend_handles_labels()[1]
+    assert len({*plots.COLORS.values()}) == len(plots.COLORS)
+
+
 def test_what_was_not_measured_is_marked(results: list[dict[str, Any]]) -> None:
     """A bar of no height would say that it takes no memory; one too low to be seen says so."""
     plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
@@ -117,7 +134,7 @@ def test_a_folder_that_cannot_be_written_is_refused(
 ) -> None:
     """Before anything is drawn."""
     plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
-    monkeypatch.setattr(plots, "figures", lambda results: pytest.fail("drawn"))
+    monkeypatch.setattr(plots, "figures", lambda *_: pytest.fail("drawn"))
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit):
         plots.main([str(RESULTS / "cpu.json"), "--output", str(tmp_path / output)])
