@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,32 @@ def test_growth_measures_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("rows", 10, 100), ("rows", 30, 100), ("classes", 100, 10), ("classes", 100, 30),
     ]  # fmt: skip
     assert figure.read_bytes()[1:4] == b"PNG"
+    assert all(row["page_faults"] >= 0 for row in measured)
+
+
+def test_page_faults_are_counted_a_call() -> None:
+    page, pages = mmap.PAGESIZE, 300
+
+    def touches(index: int) -> None:
+        with mmap.mmap(-1, pages * page) as fresh:
+            for place in range(0, pages * page, page):
+                fresh[place] = 1
+
+    assert pages <= growth.page_faults(touches) < 2 * pages
+    assert growth.page_faults(lambda index: None) < pages / 10
+
+
+def test_linear_growth_is_drawn_through_most_points() -> None:
+    """Of a loss whose last point alone is off, the line is that of the others."""
+    plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
+    rows = [
+        {"provider": "published", "along": along, "rows": size, "classes": size, "p50": time, "peak_bytes": size}
+        for along in ("rows", "classes")
+        for size, time in ((10, 50.0), (100, 200.0), (1000, 2000.0), (10000, 20000.0), (100000, 600000.0))
+    ]
+    points, line = plots.growth(rows).axes[0].lines[:2]
+    assert list(points.get_ydata())[-1] == 600000.0
+    assert list(line.get_ydata()) == [20.0, 200.0, 2000.0, 20000.0, 200000.0]
 
 
 def test_variants_stay_few() -> None:
