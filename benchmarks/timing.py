@@ -1,7 +1,8 @@
 """Times of a step, in seconds: CUDA events and CUDA graphs on a GPU, the host's clock on the CPU.
 
-A step is a function of the number of the buffer that it works on. On a GPU buffers rotate, and together they are larger
-than the cache, so that no call finds its logits where the one before left them.
+A step is a function of the number of the buffer that it works on. On a GPU buffers rotate. Those of a large case are
+together larger than the cache, so that no call finds its logits where the one before left them; those of a small case,
+of which there are no more than MOST_BUFFERS, stay in it: at 256 x 1000 in bfloat16, 31 MiB of an H200's 50 MB.
 """
 
 from __future__ import annotations
