@@ -10,7 +10,9 @@ special function units, which work while a warp goes on.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 # Of the bandwidth in a datasheet, what a large copy reaches where none was measured: a rule of thumb.
 COPY_SHARE = 0.9
@@ -115,6 +117,15 @@ def throughput(customers: float, delay: float, services: tuple[float, ...]) -> f
         before, found = found, number / (delay + sum(stays))
         queues = [found * stay for stay in stays]
     return found - (math.ceil(customers) - customers) * (found - before) if customers else 0.0
+
+
+def deviations(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """By how much the shares measured exceed those predicted (benchmarks.model): the mean, and the root mean square.
+
+    A pass that only reads may be faster than a copy: what is beyond one is left out.
+    """
+    beyond = [min(row["measured"], 1.0) - row["predicted"] for row in rows]
+    return sum(beyond) / len(beyond), math.sqrt(sum(each**2 for each in beyond) / len(beyond))
 
 
 def both_passes(statistics: float, gradient: float) -> float:

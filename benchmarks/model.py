@@ -7,7 +7,6 @@ counts what a warp of it does. It must be run at the commit that was timed, for 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -16,7 +15,7 @@ from typing import Any
 
 from benchmarks import reports
 from benchmarks.arguments import needs_the_compiler, output_file
-from benchmarks.bounds import GPUS, Gpu
+from benchmarks.bounds import GPUS, Gpu, deviations
 from benchmarks.compile_report import read
 from benchmarks.environment import environment
 from benchmarks.launches import Case, launches
@@ -51,15 +50,6 @@ def count(row: dict[str, Any], gpu: Gpu) -> list[dict[str, Any]]:
                 }
             )
     return found
-
-
-def deviations(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """By how much the shares measured exceed those predicted: the mean, and the root mean square.
-
-    A pass that only reads may be faster than a copy: what is beyond one is left out.
-    """
-    beyond = [min(row["measured"], 1.0) - row["predicted"] for row in rows]
-    return sum(beyond) / len(beyond), math.sqrt(sum(each**2 for each in beyond) / len(beyond))
 
 
 def draw(rows: Sequence[dict[str, Any]], device: str, path: Path) -> None:

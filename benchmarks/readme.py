@@ -40,6 +40,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "gpu": tables_gpu.gpu_table,
         "gpu-goals": tables_gpu.gpu_goals_table,
         "gpu-kernels": tables_gpu.gpu_kernels_table,
+        "gpu-model": tables_gpu.gpu_model_table,
         "gpu-variants": tables_gpu.gpu_variants_table,
         "gpu-host": tables_gpu.gpu_host_table,
         "both": tables_compiled.both_table,

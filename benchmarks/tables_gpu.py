@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import goals
-from benchmarks.bounds import both_passes
+from benchmarks.bounds import both_passes, deviations
 from benchmarks.cases import DTYPES
 from benchmarks.reports import RESULTS, read
 from benchmarks.tables_compiled import h200_shares, kernel_reports
 
 GPU_RESULTS = [RESULTS / f"gpu_{part}.json" for part in ("bf16", "fp32_fp16")]
 GPU_KERNELS = RESULTS / "gpu_kernels.json"
+GPU_MODEL = RESULTS / "gpu_model.json"
 GPU_VARIANTS = RESULTS / "gpu_variants.json"
 GPU_HOST = RESULTS / "gpu_host.json"
 
@@ -78,6 +79,26 @@ def gpu_kernels_table() -> str:
         allowed = f"{logits / (logits + beside):.2f}"
         lines.append(f"| {row['dtype']}, {row['layout']} | {row['classes']:,} | {shares} | {allowed} | {said} |")
     return "\n".join([*lines, "", gpu_note(report["environment"], GPU_KERNELS.name)])
+
+
+def gpu_model_table() -> str:
+    """How far what was measured lies from what is predicted of the same kernels."""
+    report = read(GPU_MODEL)
+    lines = [
+        "| kernel | | widths | measured | predicted | measured less predicted, mean | root mean square |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for kernel, dtype in dict.fromkeys((row["kernel"], row["dtype"]) for row in report["results"]):
+        rows = [row for row in report["results"] if (row["kernel"], row["dtype"]) == (kernel, dtype)]
+        ranges = (
+            f"{min(row[side] for row in rows):.2f} to {max(row[side] for row in rows):.2f}"
+            for side in ("measured", "predicted")
+        )
+        mean, spread = deviations(rows)
+        lines.append(f"| {kernel} | {dtype} | {len(rows)} | {' | '.join(ranges)} | {mean:+.3f} | {spread:.3f} |")
+    about = report["environment"]
+    timed = f"Timed on an {about['device']} at {about['timed_at']}; counted at the same commit with Triton"
+    return "\n".join([*lines, "", f"{timed} {about['triton']}; `benchmarks/results/{GPU_MODEL.name}`."])
 
 
 def gpu_variants_table() -> str:
