@@ -47,8 +47,8 @@ OBJECTIVES: dict[str, Objective] = {
 LOGITS = 2**28  # where rows are many: the size from which on memory is what a loss is held against
 FEW = 64  # rows: of so few long ones, several programs share one
 
-# How the logits lie. Rows of up to 4 KiB are read whole, those of up to 2 KiB several by a program; longer ones tile
-# after tile, and few of them by several programs each.
+# How the logits lie. Rows of up to 4 KiB are read whole, on NVIDIA GPUs in 16 bits of up to 8 KiB, and those of up to
+# 2 KiB several by a program; longer ones tile after tile, and few of them by several programs each.
 Layout: TypeAlias = Literal[
     "short",  # each begins on a 16-byte boundary
     "short, odd",  # anywhere
@@ -62,10 +62,10 @@ Layout: TypeAlias = Literal[
 # Of what the launch table holds, every number of lanes a row, with the most pieces, and with the fewest, of which the
 # last one is nearly empty.
 CLASSES: dict[Layout, tuple[int, ...]] = {
-    "short": (8, 16, 32, 64, 128, 256, 264, 512, 520, 1000, 1032, 2048),
-    "short, odd": (5, 9, 25, 57, 121, 249, 257, 505, 513, 1001, 1033, 2041),
+    "short": (8, 16, 32, 64, 128, 256, 264, 512, 520, 1000, 1032, 2048, 2056, 4096),
+    "short, odd": (5, 9, 25, 57, 121, 249, 257, 505, 513, 1001, 1033, 2041, 2049, 4089),
     "short, sliced": (10, 1001, 2041),
-    "long": (2056, 4096, 128256),
+    "long": (2056, 4096, 4104, 128256),
     "long, odd": (5001, 50257),
     "class-major": (21,),
     "class-major, odd": (21,),
@@ -112,10 +112,11 @@ def cases(target: str) -> Iterator[Case]:
     """
     for dtype in DTYPES if target == "sm_90" else [each for each in DTYPES if each != "fp64"]:
         for layout in CLASSES:
-            every = _fitting(layout, dtype)
+            every = _fitting(layout, dtype, target)
             for classes in every if dtype in ("fp32", "bf16") else every[-1:]:
                 yield Case("mean", layout, classes, dtype, target, "complement_entropy")
-                if layout in ("short", "short, odd", "long", "long, odd"):
+                whole = layout in ("short", "short, odd") and classes in _fitting(layout, dtype, target, in_place=True)
+                if whole or layout in ("long", "long, odd"):
                     yield Case("in place", layout, classes, dtype, target, "cross_entropy")
         for layout in ("long", "long, odd"):
             yield Case("mean", layout, CLASSES[layout][-1], dtype, target, "complement_entropy", few=True)
@@ -123,14 +124,17 @@ def cases(target: str) -> Iterator[Case]:
             yield from _calls(dtype, target)
 
 
-def _fitting(layout: Layout, dtype: str) -> list[int]:
-    """The numbers of classes of which rows are short in one dtype are long in a wider one."""
-    most = launch.SHORT_ROW // DTYPES[dtype].itemsize
-    return [classes for classes in CLASSES[layout] if classes <= most or not layout.startswith("short")]
+def _fitting(layout: Layout, dtype: str, target: str, *, in_place: bool = False) -> list[int]:
+    """The numbers of classes of which rows are short in one dtype, or on one target, are long in or on another."""
+    itemsize = DTYPES[dtype].itemsize
+    most = launch.longest_whole(itemsize, TARGETS[target].warp_size, in_place=in_place) // itemsize
+    if layout.startswith("short"):
+        return [classes for classes in CLASSES[layout] if classes <= most]
+    return [classes for classes in CLASSES[layout] if classes > most or layout != "long"]
 
 
 def _calls(dtype: str, target: str) -> Iterator[Case]:
-    short, long = 1000 if dtype == "bf16" else _fitting("short", dtype)[-1], CLASSES["long"][-1]
+    short, long = 1000 if dtype == "bf16" else _fitting("short", dtype, target)[-1], CLASSES["long"][-1]
     for objective in OBJECTIVES:
         for usual in (
             Case("mean", "short", short, dtype, target, objective),

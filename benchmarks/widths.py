@@ -33,9 +33,9 @@ ODD = tuple(power + more for power in POWERS for more in (1, power // 2 + 1))
 
 def case_of(classes: int, target: str, dtype: str = "bf16") -> Case:
     """Rows of so many classes, dense."""
-    per_access = 16 // DTYPES[dtype].itemsize
-    odd = classes % per_access > 0
-    short = (classes + (per_access - 1) * odd) * DTYPES[dtype].itemsize <= launch.SHORT_ROW
+    itemsize = DTYPES[dtype].itemsize
+    odd = classes * itemsize % 16 > 0
+    short = classes * itemsize + (16 - itemsize) * odd <= launch.longest_whole(itemsize, 32)
     layouts: dict[tuple[bool, bool], Layout] = {
         (True, False): "short",
         (True, True): "short, odd",

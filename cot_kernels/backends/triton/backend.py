@@ -318,7 +318,7 @@ def value_and_gradient(
         upstream: (N), the derivative of a scalar by each row's loss; None where it is 1.
     """
     num_rows, num_classes = logits.shape
-    tile = layout.tile(layout.with_padding(logits))
+    tile = layout.tile(layout.with_padding(logits), in_place=True)
     if tile.heads or layout.splits(tile, num_rows, num_classes, logits.device) > 1:
         return _value_then_gradient(logits, target, ignore_index, objective, upstream, wanted)
     twin, parameters = device_twin(objective)

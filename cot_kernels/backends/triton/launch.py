@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Rows of at most this many bytes, with what precedes them in their first access, are taken whole, several by a program
-# up to half as many; of longer ones a program takes tile after tile.
+# Rows of at most this many bytes, with what precedes them in their first access, are taken whole by a warp, several of
+# them up to half as many; of longer ones a program takes tile after tile.
 SHORT_ROW = 4096
 
 # Programs to keep every multiprocessor busy: with fewer rows than this many a multiprocessor, rows are split.
@@ -99,6 +99,16 @@ class Tile:
         return max(1, min(32, self.warp * self.warps // self.rows)) if self.warps < 8 else 1
 
 
+def longest_whole(itemsize: int, warp: int, *, in_place: bool = False) -> int:
+    """Bytes of a row, with what precedes it in its first access, that is taken whole.
+
+    On NVIDIA GPUs two warps share one of 16-bit logits, of which instructions and waits cost more than the bytes do: a
+    tile after the other, each warp would wait for memory as often as there are tiles. In float32, which has time for
+    that, an H200 took an eighth longer for the gradient of such rows, and in place there would be too few registers.
+    """
+    return 2 * SHORT_ROW if itemsize == 2 and warp == 32 and not in_place else SHORT_ROW
+
+
 def next_power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
@@ -114,6 +124,7 @@ def choose_tile(
     inner: int = 1,
     rows_adjoin: bool = False,
     backward: bool = False,
+    in_place: bool = False,
     warp: int = 32,
     pairs: bool = False,
     packs: bool = True,
@@ -129,6 +140,7 @@ def choose_tile(
         rows_adjoin: neighbouring rows are neighbours in memory, 16 of them from a 16-byte boundary on, in all tensors.
         backward: the gradient is written. Where rows begin anywhere, the accesses at either end of one are written
             class by class.
+        in_place: both passes in one.
         warp: threads of one.
         pairs: float32 arithmetic takes two numbers at a time.
         packs: on an NVIDIA GPU, two numbers of 16 bits are compared at a time.
@@ -142,16 +154,17 @@ def choose_tile(
     heads = head_aligned and not aligned and not (backward and num_classes <= 4 * vec)
     overhang = vec - 1 if heads else 0
     places = num_classes + overhang
-    if places * itemsize <= SHORT_ROW:
-        # A warp a program, and few threads a row: what every thread of a row does, its merge and the loading of its
-        # state, is done by the fewest, and within a warp. Of a longer row a thread has up to 128 bytes; of shorter ones
-        # so many that it has 32 logits. On an AMD GPU masks are scalar registers, of which there are enough for half as
-        # many, and class by class for a quarter.
+    if places * itemsize <= longest_whole(itemsize, warp, in_place=in_place):
+        # A warp a program, or two, and few threads a row: what every thread of a row does, its merge and the loading of
+        # its state, is done by the fewest, and within a warp. Of a longer row a thread has up to 128 bytes; of shorter
+        # ones so many that it has 32 logits. On an AMD GPU masks are scalar registers, of which there are enough for
+        # half as many, and class by class for a quarter.
         wholly = aligned or heads
         block = max(next_power_of_two(places), vec)
         most = PIECES if warp == 32 else PIECES // 2 if wholly else PIECES // 4
         pieces = max(1, min(block * itemsize // (PIECE if wholly else SECTOR), most))
-        lanes = min(block // vec // pieces, warp)
+        warps = 1 if places * itemsize <= SHORT_ROW else 2
+        lanes = min(block // vec // pieces, warps * warp)
         threads = lanes if wholly else lanes * vec  # of a row
         a_thread = (32 if warp == 32 else 16 if wholly else 8) // (2 if itemsize > 4 else 1)
         return Tile(
@@ -159,7 +172,7 @@ def choose_tile(
             lanes=lanes,
             vec=vec,
             align=vec if aligned else 1,
-            warps=1,
+            warps=warps,
             heads=heads,
             overhang=overhang,
             pieces=-(-places // (lanes * vec)),

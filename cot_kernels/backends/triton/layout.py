@@ -72,8 +72,8 @@ def gradient_like(logits: Tensor) -> Tensor:
     return logits.new_empty(first + extent).as_strided(logits.shape, laid, first)
 
 
-def tile(*tensors: Tensor) -> launch.Tile:
-    """The tile for logits, or for logits and their gradient, which is read and written alike."""
+def tile(*tensors: Tensor, in_place: bool = False) -> launch.Tile:
+    """The tile for logits, or for logits and their gradient, which is read and written alike; or for both in place."""
     logits = tensors[0]
     num_classes, itemsize = logits.shape[1], logits.itemsize
     _, stride_n, _, stride_d = strides(logits)
@@ -96,6 +96,7 @@ def tile(*tensors: Tensor) -> launch.Tile:
         rows_lined=stride_d == 0 and not begin(logits, launch.LINE) and stride_n * itemsize % launch.LINE == 0,
         rows_adjoin=on_boundary and all(_rows_adjoin(each) for each in tensors),
         backward=len(tensors) > 1,
+        in_place=in_place,
         warp=32 if torch.version.hip is None else 64,
         pairs=_pairs(logits.device),
         packs=_packs(logits.device),
