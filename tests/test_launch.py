@@ -114,7 +114,7 @@ def test_tiles_of_long_gradients_begin_on_cache_lines(dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("warp", [32, 64])
 @pytest.mark.parametrize("itemsize", [8, 4, 2])
-@pytest.mark.parametrize("classes", [2056, 4096, 50257, 128256])
+@pytest.mark.parametrize("classes", [4104, 8192, 50257, 128256])
 def test_a_thread_folds_all_that_it_has_of_a_tile(classes: int, itemsize: int, warp: int) -> None:
     """Unless lanes apart make pairs; and no more than that, for it would have to ask other threads."""
 
@@ -256,21 +256,22 @@ def test_tiles_of_short_rows(aligned: bool, warp: int, dtype: torch.dtype) -> No
     """Each holds a row, in no more pieces than it needs, and no thread has more logits than registers for them."""
     itemsize = dtype.itemsize
     tiles = set()
-    for classes in range(2, launch.SHORT_ROW // itemsize + 2):
-        for backward in (False, True):
+    for classes in range(2, 2 * launch.SHORT_ROW // itemsize + 2):
+        for backward, in_place in ((False, False), (True, False), (False, True)):
             tile = launch.choose_tile(
                 classes, itemsize, classes_adjoin=True, rows_aligned=aligned, head_aligned=not aligned,
-                backward=backward, warp=warp,
+                backward=backward, in_place=in_place, warp=warp,
             )  # fmt: skip
-            assert tile.long == ((classes + tile.overhang) * itemsize > launch.SHORT_ROW)
+            in_two = dtype == torch.bfloat16 and warp == 32 and not in_place
+            assert tile.long == ((classes + tile.overhang) * itemsize > launch.SHORT_ROW * (1 + in_two))
             if tile.long:
                 continue
             tiles.add(tile)
             places, piece = classes + tile.overhang, tile.lanes * tile.vec
             assert tile.block >= places > tile.block - piece
             assert places * 5 >= tile.block * 4 or tile.pieces < 5 or warp == 64  # four fifths are filled
-            assert tile.warps == 1
-            logits = tile.rows * tile.block / warp
+            assert tile.warps == (1 if places * itemsize <= launch.SHORT_ROW else 2)
+            logits = tile.rows * tile.block / (warp * tile.warps)
             assert logits <= 128 / itemsize
             assert logits >= tile.vec or places <= 4 * tile.vec
             assert tile.pieces <= (launch.PIECES if warp == 32 else launch.PIECES // 2)
@@ -282,7 +283,7 @@ def test_the_compiler_report_has_every_number_of_lanes(odd: bool) -> None:
     """With the most pieces, and with the fewest."""
     reported = {layout.tile(matrix(classes, torch.bfloat16)) for classes in CLASSES["short, odd" if odd else "short"]}
     pieces: dict[int, set[int]] = {}
-    for classes in range(9, 2042, 2) if odd else range(8, 2049, 8):
+    for classes in range(9, 4090, 2) if odd else range(8, 4097, 8):
         tile = layout.tile(matrix(classes, torch.bfloat16))
         assert not tile.long and tile.heads == odd
         pieces.setdefault(tile.lanes, set()).add(tile.pieces)

@@ -16,7 +16,7 @@ from cot_kernels.objectives import CrossEntropyObjective
 # Around powers of two, the bounds of a tile, and of an access.
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "num_classes", some([2, 3, 8, 9, 31, 33, 100, 257, 1017, 1024, 2041, 2049], 3, 9, 33, 257, 1024, 2049)
+    "num_classes", some([2, 3, 8, 9, 31, 33, 100, 257, 1017, 1024, 2041, 2049, 3001, 4096], 3, 9, 33, 257, 1024, 2049)
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_rows_that_begin_anywhere(num_classes: int, dtype: torch.dtype) -> None:
@@ -143,7 +143,7 @@ def test_long_rows_that_begin_anywhere_and_are_not_split(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("classes", some([20, 33, 64, 505, 1000, 1001, 2041, 5001], 20, 33, 505, 5001))
+@pytest.mark.parametrize("classes", some([20, 33, 64, 505, 1000, 1001, 2041, 3001, 5001], 20, 33, 505, 5001))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_rows_in_turn(classes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """As published, and as one by one to the last bit: also in a last program that is not full, ignored and stray."""
