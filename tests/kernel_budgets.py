@@ -22,7 +22,7 @@ NVIDIA = {
         "tiny": Budget(42.5, 0, 83, 16),
         "short": Budget(14, 310, 66, 32),
         "tiny, odd": Budget(47, 0, 96, 18),
-        "short, odd": Budget(16.5, 270, 75, 23),
+        "short, odd": Budget(16.5, 270, 79, 23),
         "tiny, sliced": Budget(44.5, 0, 78, 21),
         "short, sliced": Budget(12, 240, 75, 32),
         "long": Budget(9.5, 390, 64, 32),

@@ -107,7 +107,7 @@ def test_what_is_no_report_is_refused(content: str | None, said: str, tmp_path: 
 
 def test_a_kernel_is_known_for_the_classes_that_were_reported(tmp_path: Path) -> None:
     """What a reduction compiles to is the same for all, and what follows from it is not."""
-    cases = ("--target", "sm_90", "--every", "111")
+    cases = ("--target", "sm_90", "--every", "169")
     made = compile_report(*cases)
     first = made["reports"][0]["case"]["classes"]
     some = [report for report in made["reports"] if report["case"]["classes"] == first]
@@ -235,11 +235,11 @@ def test_many_long_rows_wait_for_memory(reports: list[dict[str, Any]]) -> None:
         assert bool(report["predicted"]) == (report["case"]["target"] != "gfx942")
         for prediction in report["predicted"]:
             # A B200 has two thirds of the issue slots to a byte that an H200 has.
-            assert prediction["share"] >= (0.67 if prediction["gpu"] == "B200" else 0.9), report
+            assert prediction["share"] >= (0.66 if prediction["gpu"] == "B200" else 0.9), report
 
 
-FLOORS = {"A100": 0.93, "H100": 0.9, "H200": 0.79, "B200": 0.61}
-MISSED_ON_AN_H200 = {("short, odd", 1033), ("long", 2056), ("long", 4096), ("long, odd", 5001)}
+FLOORS = {"A100": 0.93, "H100": 0.9, "H200": 0.8, "B200": 0.62}
+MISSED_ON_AN_H200 = {("short, odd", 1033), ("short, odd", 2049), ("long", 4104), ("long, odd", 5001)}
 
 
 def test_what_both_passes_are_predicted_to_reach(reports: list[dict[str, Any]]) -> None:
@@ -261,14 +261,16 @@ def test_what_both_passes_are_predicted_to_reach(reports: list[dict[str, Any]]) 
 
 
 def test_the_committed_predictions_are_those_of_the_kernels() -> None:
-    """A few of benchmarks/results/widths.json, from which a figure is drawn; all of which reach the goal but B200's and
-    odd rows just above a power of two."""
+    """A few of benchmarks/results/widths.json, from which a figure is drawn. An A100 and an H100 reach the goal of 0.90
+    at every width; an H200 but for long rows of few tiles, and odd ones just above a power of two."""
     committed = json.loads((ROOT / "benchmarks" / "results" / "widths.json").read_text())
     rows = committed["results"]
     large = [row for row in rows if row["classes"] >= 1000]
     assert {row["gpu"] for row in large} == {"A100", "H100", "H200", "B200"} and len(large) > 200
     for row in large:
-        assert row["both"] >= (0.68 if row["gpu"] == "B200" else 0.87 if row["odd"] else 0.9), row
+        assert row["both"] >= FLOORS[row["gpu"]] - 0.01, row
+        if row["gpu"] == "H200" and not row["odd"]:
+            assert row["both"] >= 0.9 or 4096 < row["classes"] < 8192, row
     if importlib.metadata.version("triton") != committed["environment"]["triton"]:
         pytest.skip(f"the predictions are of Triton {committed['environment']['triton']}")
     code = (
