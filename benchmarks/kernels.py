@@ -3,7 +3,8 @@
 ``python -m benchmarks.kernels --output FILE`` times, between CUDA events, launches of the statistics and of the
 gradient kernel for 2^28 logits: rows that adjoin, and class-major logits of 512 x 512 places. Of each it says the share
 of the bandwidth of the fastest copy in the same run: one read forward, a read and a write backward; of both passes with
-all launches of the loss, three passes over the logits.
+all launches of the loss, three passes over the logits. Of some widths the kernel of the linear losses is timed too,
+which reads and writes private logits in place.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from benchmarks.goals import COT
 from benchmarks.outcome import GPU_MINUTES, LATE, message_of
 from benchmarks.progress import progress
 from benchmarks.runner import Settings, copy_bandwidth
-from cot_kernels.objectives import ComplementEntropyObjective
+from cot_kernels.objectives import ComplementEntropyObjective, CrossEntropyObjective
 
 LOGITS = 1 << 28
 PLACES = 512 * 512
@@ -34,6 +35,7 @@ ROWS = (
     50257, 50264, 50304, 128256,
 )  # fmt: skip
 CLASS_MAJOR = (10, 21, 150)
+IN_PLACE = (256, 1000, 2056, 4096, 50257, 128256)
 LAYOUTS = {"rows": ROWS, "class-major": CLASS_MAJOR}
 GPU_DTYPES = ("bf16", "fp32")
 
@@ -65,11 +67,17 @@ def measure(case: Case, device: torch.device, seconds: float, bandwidth: float) 
     flat, state = saved
     assert forward.parts is None
     index = logits.get_device()
-    steps = {
+    steps: dict[str, timing.Step] = {
         "forward": lambda _: forward.rows[0](index, logits, flat, state, state),
         "backward": lambda _: backward(index, logits, flat, state, upstream, gradient),
         "loss": lambda _: backend.loss(logits, target, -100, objective, "mean"),
     }
+    if layout == "rows" and classes in IN_PLACE:
+        per_access = 16 // logits.itemsize
+        private = logits.new_empty(shape[0], -(-classes // per_access) * per_access)[:, :classes].copy_(logits)
+        mixed = CrossEntropyObjective(1.0, 0.5)
+        # What it has written is read the next time: numbers like any other.
+        steps["in_place"] = lambda _: backend.value_and_gradient(private, target, -100, mixed, None, True)
     times = {name: timing.quantile(timing.device_times(step, 1, seconds), 0.5) for name, step in steps.items()}
     size = logits.numel() * logits.itemsize
     return {
@@ -80,6 +88,7 @@ def measure(case: Case, device: torch.device, seconds: float, bandwidth: float) 
         **{f"{name}_us": round(taken * 1e6, 2) for name, taken in times.items()},
         "forward_share": round(size / times["forward"] / bandwidth, 4),
         "backward_share": round(2 * size / times["backward"] / bandwidth, 4),
+        **({"in_place_share": round(2 * size / times["in_place"] / bandwidth, 4)} if "in_place" in times else {}),
         "both_share": round(3 * size / (times["loss"] + times["backward"]) / bandwidth, 4),
     }
 
