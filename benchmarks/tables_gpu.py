@@ -24,7 +24,7 @@ def gpu_files() -> list[Path]:
 
 
 def gpu_goals_table() -> str:
-    return goals.table(goals.rows_of(gpu_files()))
+    return goals.table(*goals.results_of(gpu_files()))
 
 
 def gpu_table() -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks import goals, readme, reports, runner, tables_cpu, tables_gpu
-from benchmarks.cases import Case
+from benchmarks.cases import VOCABULARIES, Case
 from benchmarks.providers import PROVIDERS
 from benchmarks.runner import Row
 
@@ -191,48 +191,68 @@ def test_what_compiles_is_refused_under_the_interpreter(name: str) -> None:
 
 
 def timed_row(provider: str, p50: float, **values: Any) -> dict[str, Any]:
-    shape = {"case": "8192 x 32768", "rows": 8192, "classes": 32768, "dtype": "bf16", "upstream": 1.0}
+    shape = {"case": "8192 x 32000", "rows": 8192, "classes": 32000, "dtype": "bf16", "upstream": 1.0}
     row = {"provider": provider, "mode": "both", "graph": False, "status": "ok", "p50": p50, "copy_share": 0.95}
     return {**shape, **row, **values}
 
 
+def both_upstreams(provider: str, p50: float, **values: Any) -> list[dict[str, Any]]:
+    return [timed_row(provider, p50, **{**values, "upstream": upstream}) for upstream in runner.UPSTREAMS]
+
+
 def test_gpu_goals_are_judged_by_the_worst_case() -> None:
+    small = {"case": "128 x 10", "rows": 128, "classes": 10}
     rows = [
         timed_row("complement_entropy", 10.0),
         timed_row("complement_entropy", 10.0, upstream=0.37, copy_share=0.85),
         timed_row("complement_entropy", 10.0, graph=True, copy_share=0.1),  # goals are of eager mode
         timed_row("complement_entropy", 10.0, mode="forward", copy_share=0.1),
-        timed_row("complement_entropy", 1.0, case="128 x 10", rows=128, classes=10, copy_share=0.01),
-        timed_row("F.cross_entropy", 0.9, case="128 x 10", rows=128, classes=10),
+        *both_upstreams("complement_entropy", 1.0, **small, copy_share=0.01),
+        *both_upstreams("F.cross_entropy", 0.9, **small),
         timed_row("published", 120.0),
         timed_row("published", 90.0, upstream=0.37),
         timed_row("published, compiled", 30.0, status="wrong"),
-        timed_row("complement_cross_entropy", 10.0),
-        timed_row("Liger cross_entropy", 10.0),
-        timed_row("quack cross_entropy", 9.0),
+        *both_upstreams("complement_cross_entropy", 10.0),
+        *both_upstreams("Liger cross_entropy", 10.0),
+        *both_upstreams("quack cross_entropy", 9.0),
     ]
-    found = {each.goal.text.split(",")[0]: each for each in goals.verdicts(rows)}
-    assert [each.said for each in goals.verdicts(rows)] == [
-        "missed",  # 0.85 of the copy at an upstream of 0.37
-        "missed",  # 9 times, there
+    found = list(goals.verdicts(rows, goals.GPU_GOALS))
+    assert [each.said for each in found] == [
+        "missed, met in 0 of 8",  # 0.85 of the copy at an upstream of 0.37
+        "missed, met in 0 of 8",  # 9 times, there
         "not measured",
-        "met",
-        "missed",  # 1.11 times quack's
-        "met",  # 1.11 times F.cross_entropy's
+        "met in 1 of 8",
+        "missed, met in 0 of 8",  # 1.11 times quack's
+        "met in 1 of 4",  # 1.11 times F.cross_entropy's
         "not measured",
     ]
-    share = found["share of the copy's bandwidth"]
+    assert (found[0].worst, found[0].where) == (0.85, "8192 x 32000, bf16, upstream 0.37")
     wrong = timed_row("complement_entropy", 1.0, case="8192 x 262144", classes=262144, status="wrong", copy_share=None)
-    verdict = next(goals.verdicts([rows[0], wrong]))
-    assert (verdict.said, verdict.worst) == ("missed: wrong at 8192 x 262144, bf16", 0.95)
-    assert (share.worst, share.where, share.cases) == (0.85, "8192 x 32768, bf16, upstream 0.37", 2)
-    assert "| missed |" in goals.table(rows)
+    verdict = next(goals.verdicts([rows[0], wrong], goals.GPU_GOALS))
+    assert (verdict.said, verdict.worst) == ("missed, met in 0 of 8", 0.95)
+    assert verdict.broken == "wrong at 8192 x 262144, bf16" and "8192 x 262144" not in verdict.absent
+    assert "| missed, met in 0 of 8 |" in goals.table(rows, goals.GPU_GOALS)
+
+
+def test_a_goal_is_not_met_by_the_one_case_that_was_measured() -> None:
+    """It is set for rows of 1,000 to 262,144 classes; what a file lacks is listed."""
+    rows = both_upstreams("complement_entropy", 10.0, case="65536 x 4096", rows=65536, classes=4096)
+    verdict = next(goals.verdicts(rows, goals.GPU_GOALS))
+    others = ("268800 x 1000", "16384 x 16384", *(f"8192 x {classes}" for classes in VOCABULARIES))
+    assert (verdict.said, verdict.absent) == ("met in 1 of 8", others)
+    assert f"| met in 1 of 8 | {', '.join(others)} |" in goals.table(rows, goals.GPU_GOALS)
+    (half,) = goals.verdicts(rows[:1], goals.GPU_GOALS[:1])  # of two upstream gradients
+    assert (half.said, half.worst) == ("met in 0 of 8", 0.95)
+    every = [dict(row, case=case) for row in rows for case in goals.LARGE]
+    assert next(goals.verdicts(every, goals.GPU_GOALS)).said == "met"
+    committed, wanted = goals.results_of(tables_gpu.gpu_files())
+    assert {"8192 x 151936", "8192 x 262144"} <= set(next(goals.verdicts(committed, wanted)).absent)
 
 
 @pytest.mark.parametrize(
     ("devices", "cases", "said"),
     [
-        (("cpu",), ("128 x 10",), "of a GPU, got cpu"),
+        (("cpu", "NVIDIA A"), ("128 x 10", "256 x 100"), "of one device, got NVIDIA A, cpu"),
         (("NVIDIA A", "NVIDIA B"), ("128 x 10", "256 x 100"), "of one device, got NVIDIA A, NVIDIA B"),
         (("NVIDIA A", "NVIDIA A"), ("128 x 10", "128 x 10"), "each case in one file, got 128 x 10, bf16 in"),
     ],
@@ -245,14 +265,14 @@ def test_goals_compare_what_can_be_compared(
         report = {"environment": {"device": device}, "results": [timed_row("published", 1.0, case=case)]}
         file.write_text(json.dumps(report))
     with pytest.raises(ValueError, match=said):
-        goals.rows_of(files)
+        goals.results_of(files)
 
 
 def test_what_failed_in_a_graph_stands_beside_what_did_not() -> None:
-    broken = timed_row("complement_entropy", 1.0, case="8192 x 65536", classes=65536, graph=True, status="failed")
+    broken = timed_row("complement_entropy", 1.0, case="8192 x 50257", classes=50257, graph=True, status="failed")
     rows = [timed_row("complement_entropy", 10.0), timed_row("complement_entropy", 9.0, graph=True), broken]
-    share = next(line for line in goals.table(rows).splitlines() if line.startswith("| share"))
-    assert "| met | 0.95 | 8192 x 32768, bf16, upstream 1; failed at 8192 x 65536, bf16 | 1 |" in share
+    share = next(line for line in goals.table(rows, goals.GPU_GOALS).splitlines() if line.startswith("| share"))
+    assert "| 0.95 | 8192 x 32000, bf16, upstream 1; failed at 8192 x 50257, bf16 | missed, met in 0 of 8 |" in share
 
 
 def test_kernels_that_were_not_timed_are_left_out_of_their_table(
