@@ -46,8 +46,9 @@ compile-report: $(VENV)/.installed  ## Registers, spills, accesses and instructi
 	$(BIN)/python -m benchmarks.compile_report --output benchmarks/results/compile_report.json
 	$(BIN)/python -m benchmarks.widths --output benchmarks/results/widths.json --figure docs/performance/predicted.png
 
-bench-cpu: $(VENV)/.installed  ## The benchmark suite on this CPU, and its pictures
+bench-cpu: $(VENV)/.installed  ## The benchmark suite on this CPU, what it says of the goals, and its pictures
 	$(BIN)/python -m benchmarks --device cpu --output benchmarks/results/cpu.json
+	$(BIN)/python -m benchmarks.goals benchmarks/results/cpu.json
 	$(BIN)/python -m benchmarks.plots benchmarks/results/cpu.json --output docs/performance --prefix cpu_
 
 bench-gpu:  ## The benchmark suite on this GPU, in two parts that start nothing after nine minutes, with whatever Python is active

@@ -249,6 +249,31 @@ def test_a_goal_is_not_met_by_the_one_case_that_was_measured() -> None:
     assert {"8192 x 151936", "8192 x 262144"} <= set(next(goals.verdicts(committed, wanted)).absent)
 
 
+@pytest.mark.parametrize("name", ["cpu", "cpu_repeated"])
+def test_committed_results_meet_the_goals_of_a_cpu(name: str) -> None:
+    """As they were measured; nothing is timed here."""
+    found = list(goals.verdicts(*goals.results_of([RESULTS / f"{name}.json"])))
+    assert [each.goal for each in found] == list(goals.CPU_GOALS)
+    assert {each.goal.text: each.said for each in found if each.said != "met"} == {}
+
+
+def test_the_table_of_goals_is_judged_by_the_worst_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def line() -> str:
+        return next(line for line in tables_cpu.goals_table().splitlines() if line.startswith("| 128 x 10 |"))
+
+    before = line()
+    assert before.endswith("| met |") and "0.80 to 0.98" in before
+    report = json.loads(tables_cpu.CPU_AGAIN.read_text())
+    for row in report["results"]:
+        if (row["case"], row["provider"], row["upstream"]) == ("128 x 10", "complement_entropy", 0.37):
+            row["p50"] *= 10
+    (tmp_path / "again.json").write_text(json.dumps(report))
+    monkeypatch.setattr(tables_cpu, "CPU_AGAIN", tmp_path / "again.json")
+    assert line().endswith("| missed |") and "`benchmarks/results/again.json`" in tables_cpu.goals_table()
+    monkeypatch.setattr(tables_cpu, "CPU_AGAIN", tmp_path / "none.json")
+    assert line().endswith("| met |") and "0.96 to 0.98" in line()
+
+
 @pytest.mark.parametrize(
     ("devices", "cases", "said"),
     [
