@@ -114,12 +114,13 @@ def run(
             torch.cuda.empty_cache()
 
 
-def draw(results: Sequence[dict[str, Any]], device: str, path: Path) -> None:
+def draw(results: Sequence[dict[str, Any]], environment: dict[str, Any], path: Path) -> None:
     """Beside the predictions for that GPU, where the committed ones have it."""
-    from benchmarks.plots import kernels, write  # Matplotlib: only where a figure is wanted
+    from benchmarks.plots import about, kernels, write  # Matplotlib: only where a figure is wanted
 
     predictions = reports.read(reports.RESULTS / "widths.json")["results"]
-    write(kernels(results, [row for row in predictions if row["gpu"] in device.split()]), path)
+    of_this = [row for row in predictions if row["gpu"] in environment["device"].split()]
+    write(kernels(results, of_this, about([environment])), path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -143,11 +144,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for classes in widths
     ]
     results = list(run(cases, device, options.seconds, copy["roof"] * 1e9, deadline))
+    about = {**environment(1, device), "copy_gbps": round(copy["roof"])}
     if options.output:
-        about = {**environment(1, device), "copy_gbps": round(copy["roof"])}
         reports.write(options.output, {"environment": about}, results)
     if options.figure:
-        draw(results, torch.cuda.get_device_name(device), options.figure)
+        draw(results, about, options.figure)
     for row in results:
         said = row.get("message") or " ".join(
             f"{name} {row[f'{name}_share']:.2f}" for name in ("forward", "backward", "both")

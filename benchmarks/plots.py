@@ -287,7 +287,7 @@ def kernels(results: Rows, predictions: Rows, said: str = "") -> Figure:
         if dtype == "bf16":
             for odd, style in ((False, "--"), (True, ":")):
                 some = [row for row in predictions if row["odd"] == odd]
-                label = f"predicted, both passes{', an odd number of classes' if odd else ''}"
+                label = f"predicted of the kernels of now{', an odd number of classes' if odd else ''}"
                 axes.plot(
                     [row["classes"] for row in some], [row["both"] for row in some],
                     color="0.5", linewidth=1.0, linestyle=style, label=label,
