@@ -30,7 +30,6 @@ BASELINE = "published"
 LARGEST = 5  # points that a line of growth is fitted to: 10,000 to 100,000
 ABSENT = "n/a"
 BANDWIDTH = "forward and backward: bandwidth, counted bytes / time (higher is better)"
-SHARE = "share of a copy's"
 SPREAD = 30  # between the highest and the lowest point of a figure: beyond it the axis is logarithmic
 
 # Up to so many logits a problem's time is mostly what its calls, and on a GPU its launches, cost.
@@ -70,6 +69,16 @@ def about(environments: Iterable[Mapping[str, Any]]) -> str:
     return ", ".join(said)
 
 
+def roof_of(reports: Iterable[Report]) -> str:
+    """The copy that shares are of; what fits a cache is faster than it."""
+    sizes = {report["copy_bandwidth"]["bytes"] for report in reports if "copy_bandwidth" in report}
+    return " or ".join(_size(size) for size in sorted(sizes))
+
+
+def _size(size: int) -> str:
+    return f"{size >> 30} GiB" if size >= 1 << 30 else f"{size >> 20} MiB"
+
+
 def small_print(axes: Axes, text: str) -> None:
     axes.set_title(text, loc="right", fontsize="x-small", color="0.4")
 
@@ -91,9 +100,9 @@ def panels(rows: Rows, title: str, label: str) -> tuple[Figure, list[tuple[str, 
     return drawing, found
 
 
-def lines(rows: Rows, title: str, label: str, value: Value) -> Figure:
-    """A value against the number of classes, a line a provider; of cases with as many classes, that of most rows."""
-    drawing, found = panels(rows, title, label)
+def lines(rows: Rows, title: str, roof: str, value: Value) -> Figure:
+    """A share against the number of classes, a line a provider; of cases with as many classes, that of most rows."""
+    drawing, found = panels(rows, title, "share of a copy's")
     sizes = sorted({row["classes"] for row in rows})
     for dtype, axes in found:
         for provider in COLORS:
@@ -119,7 +128,7 @@ def lines(rows: Rows, title: str, label: str, value: Value) -> Figure:
         else:
             axes.set_ylim(bottom=0)
         axes.set_xticks(range(len(sizes)), [f"{each:,}" for each in sizes])
-    found[-1][1].set_xlabel("classes")
+    found[-1][1].set_xlabel(f"classes; 1 is the bandwidth of a copy of {roof}, which what fits a cache exceeds")
     return with_legend(drawing, [axes for _, axes in found])
 
 
@@ -185,15 +194,15 @@ def memory(row: dict[str, Any]) -> float | None:
     return float(row["peak_bytes"] / (row["rows"] * row["classes"] * DTYPES[row["dtype"]].itemsize))
 
 
-def figures(results: Rows, said: str = "") -> dict[str, Figure]:
-    """By file name, with what is said of the results; a figure without points is left out."""
+def figures(results: Rows, said: str = "", roof: str = "much memory") -> dict[str, Figure]:
+    """By file name, with what is said of the results and of the copy; a figure without points is left out."""
     rows = timed(results)
     most = SMALL_LOGITS_GPU if any(row["graph"] for row in results) else SMALL_LOGITS
     large = [row for row in rows if row["rows"] * row["classes"] > most]
     small = [row for row in rows if row["rows"] * row["classes"] <= most and row["provider"] != COPY]
     drawn: dict[str, Figure] = {}
     if any(row["copy_share"] is not None for row in large):
-        drawn["roofline"] = lines(large, BANDWIDTH, SHARE, lambda row: row["copy_share"])
+        drawn["roofline"] = lines(large, BANDWIDTH, roof, lambda row: row["copy_share"])
     speedup = speedup_over(rows)
     if any(speedup(row) for row in rows):
         title = "forward and backward: times faster than the published operations (higher is better)"
@@ -212,7 +221,7 @@ def figures(results: Rows, said: str = "") -> dict[str, Figure]:
         drawn["latency_graph"] = bars(graphs, title, "microseconds", lambda row: row["p50"])
     graphs = [row for row in replayed if row["rows"] * row["classes"] > most and row["copy_share"] is not None]
     if graphs:
-        drawn["roofline_graph"] = lines(graphs, f"in a CUDA graph, {BANDWIDTH}", SHARE, lambda row: row["copy_share"])
+        drawn["roofline_graph"] = lines(graphs, f"in a CUDA graph, {BANDWIDTH}", roof, lambda row: row["copy_share"])
     for figure in drawn.values():
         small_print(figure.axes[0], said)
     return drawn
@@ -342,7 +351,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     grown = [row for row in rows if "along" in row]
     said = about(report["environment"] for _, report in options.results)
-    drawn = figures([row for row in rows if "along" not in row], said)
+    roof = roof_of(report for _, report in options.results)
+    drawn = figures([row for row in rows if "along" not in row], said, roof)
     if grown:
         drawn["growth"] = growth(grown, said)
     if not drawn:

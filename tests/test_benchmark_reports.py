@@ -74,6 +74,10 @@ def test_figures_say_of_what_they_are_and_what_is_better(results: list[dict[str,
     for figure in (*drawn.values(), plots.growth(grown, said), plots.kernels(measured, [], said)):
         assert any(axes.get_title(loc="right") == said for axes in figure.axes)
         assert any(f"({way} is better)" in figure.get_suptitle() for way in ("lower", "higher")), figure.get_suptitle()
+    roof = plots.roof_of([json.loads((RESULTS / "cpu.json").read_text())])
+    shares = plots.figures(results, said, roof)
+    for name in ("roofline", "roofline_graph"):
+        assert "1 is the bandwidth of a copy of 256 MiB" in shares[name].axes[-1].get_xlabel()
     for name in ("latency", "latency_graph"):  # a copy is no loss
         assert runner.COPY not in drawn[name].axes[0].get_legend_handles_labels()[1]
     assert len({*plots.COLORS.values()}) == len(plots.COLORS)
