@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import growth, host, kernels, linear, startup, timing
+from benchmarks import growth, host, kernels, linear, startup, tables_cpu, timing
 from benchmarks.outcome import LATE
 
 CPU = torch.device("cpu")
@@ -69,7 +69,21 @@ def test_variants_stay_few() -> None:
 
 def test_first_calls_are_timed_in_processes_of_their_own() -> None:
     seconds = startup.call_seconds("cpu", 1)
-    assert seconds.keys() == {"first", "second"} and min(seconds.values()) > 0
+    assert seconds.keys() == {"cold", "first", "second"} and min(seconds.values()) > 0
+
+
+def test_what_ran_before_a_first_call_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And a results file from before cold calls were timed still makes a table."""
+    report = json.loads(tables_cpu.STARTUP_RESULTS.read_text())
+    monkeypatch.setattr(tables_cpu, "STARTUP_RESULTS", tmp_path / "startup.json")
+    found = []
+    for cold in ({}, {"cold": 3 * report["call_seconds"]["cpu"]["second"]}):
+        calls = {key: value for key, value in report["call_seconds"]["cpu"].items() if key != "cold"}
+        report["call_seconds"]["cpu"] = {**calls, **cold}
+        tables_cpu.STARTUP_RESULTS.write_text(json.dumps(report))
+        found.append(tables_cpu.startup_table())
+    assert all("after one of `F.cross_entropy`" in table for table in found)
+    assert ["as the first call of all it takes 3.0 times" in table for table in found] == [False, True]
 
 
 @pytest.mark.compiler
