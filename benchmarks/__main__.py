@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +36,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = [provider.name for provider in PROVIDERS]
-    parser.add_argument("--output", type=output_file, help="JSON file to write, after every case")
+    parser.add_argument("--output", type=output_file, help="JSON file to write; FILE.partial until all cases are there")
     parser.add_argument("--device", type=device_argument, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--part", choices=("small", "widths", "tokens", "cpu", "all"), default="all", help="which cases"
@@ -74,17 +76,30 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     providers = [each for each in PROVIDERS if not options.provider or each.name in options.provider]
     about = environment(options.threads, options.device)
 
+    written: set[tuple[str, str]] = set()  # cases, each in one dtype
+    partial: Path | None = reports.beside(options.output) if options.output else None
+
     def save(report: dict[str, Any]) -> None:
-        if options.output:
+        if partial:
             head = {key: value for key, value in report.items() if key != "results"}
-            reports.write(options.output, {"environment": about, **head}, map(_plain, report["results"]))
+            reports.write(partial, {"environment": about, **head}, map(_plain, report["results"]))
+            written.update((row.case, row.dtype) for row in report["results"])
 
     ahead: list[Job] = []
     if on_gpu:
         ahead = jobs(this_machine(device), [case.shape for case in cases], dtypes, providers)
-    with progress(len(ahead) + len(cases) * len(dtypes) * len(providers)) as advance:
-        compile_all(ahead, settings.deadline, advance)
-        report = run(cases, dtypes, providers, settings, advance, save)
+    try:
+        with progress(len(ahead) + len(cases) * len(dtypes) * len(providers)) as advance:
+            compile_all(ahead, settings.deadline, advance)
+            report = run(cases, dtypes, providers, settings, advance, save)
+    except KeyboardInterrupt:
+        said = (
+            f"{len(written)} of {len(cases) * len(dtypes)} cases are in {partial}" if written else "nothing is written"
+        )
+        print(f"stopped; {said}", file=sys.stderr)
+        raise SystemExit(130) from None
+    if partial:
+        partial.replace(options.output.resolve())
     print("\n".join(table(report["results"])))
     for name, reason in report["missing"].items():
         print(f"missing: {name} ({reason})")

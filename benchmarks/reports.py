@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,6 +17,17 @@ RESULTS = Path(__file__).parent / "results"  # those that are committed
 def write(path: Path, head: Mapping[str, Any], rows: Iterable[Mapping[str, Any]], key: str = "results") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text_of(head, rows, key))
+
+
+def beside(path: Path) -> Path:
+    """Where a run writes that is under way: a complete file stays until another is.
+
+    The file itself where it is a device or a pipe, or where nothing can be written beside it.
+    """
+    path = path.resolve()  # what replaces a link would leave what it leads to
+    if (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK):
+        return path
+    return path.with_name(f"{path.name}.partial")
 
 
 def text_of(head: Mapping[str, Any], rows: Iterable[Mapping[str, Any]], key: str = "results") -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import __main__ as suite
-from benchmarks import resources, runner, startup, timing
+from benchmarks import reports, resources, runner, startup, timing
 from benchmarks.cases import DTYPES, PARTS, Case
 from benchmarks.outcome import LATE
 from benchmarks.providers import PROVIDERS, Provider
@@ -230,6 +230,44 @@ def test_what_there_was_no_time_for_is_written_too(tmp_path: Path) -> None:
         (row.case, row.provider, LATE) for row in report["results"]
     ]
     assert {row["case"] for row in written} == {case.name for case in PARTS["quick"]}
+
+
+def interrupted(output: Path, monkeypatch: pytest.MonkeyPatch) -> int | str | None:
+    """What a run ends with that is stopped in its second case."""
+    rows = runner._rows_of
+
+    def stopped(case: Case, *arguments: Any) -> list[Row]:
+        if case == PARTS["quick"][1]:
+            raise KeyboardInterrupt
+        return rows(case, *arguments)
+
+    monkeypatch.setattr(runner, "_rows_of", stopped)
+    options = ["--quick", "--device", "cpu", "--threads", "1", "--provider", "F.cross_entropy"]
+    with pytest.raises(SystemExit) as ended:
+        suite.main([*options, "--output", str(output)])
+    return ended.value.code
+
+
+def test_a_run_that_is_stopped_leaves_a_complete_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line says where what it had is."""
+    output, partial = tmp_path / "results.json", tmp_path / "results.json.partial"
+    output.write_text("complete")
+    assert interrupted(output, monkeypatch) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"stopped; 1 of 3 cases are in {partial}"
+    assert output.read_text() == "complete"
+    assert {row["case"] for row in json.loads(partial.read_text())["results"]} == {PARTS["quick"][0].name}
+
+
+def test_a_run_that_ends_leaves_no_partial_file(tmp_path: Path) -> None:
+    """It is written through a link, and to a pipe as it is."""
+    output, link = tmp_path / "results.json", tmp_path / "link.json"
+    link.symlink_to(output)
+    suite.main(["--quick", "--device", "cpu", "--threads", "1", "--provider", "F.cross_entropy", "--output", str(link)])
+    assert json.loads(output.read_text())["results"] and link.is_symlink()
+    assert {file.name for file in tmp_path.iterdir()} == {"results.json", "link.json"}
+    assert reports.beside(Path("/dev/null")) == Path("/dev/null")
 
 
 def test_one_dtype_is_measured_after_the_other() -> None:
