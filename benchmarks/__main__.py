@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import reports
 from benchmarks.ahead import Job, compile_all, jobs, this_machine
-from benchmarks.arguments import device_argument, duration, output_file, thread_count
+from benchmarks.arguments import THREADS, device_argument, duration, output_file, thread_count
 from benchmarks.cases import DTYPES, GPU_PARTS, PARTS, Case
 from benchmarks.environment import environment
 from benchmarks.outcome import GPU_MINUTES
@@ -44,7 +44,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny cases, in seconds: does everything run?")
     parser.add_argument("--provider", choices=names, action="append", help="only this one (may be repeated)")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="only this one (may be repeated)")
-    parser.add_argument("--threads", type=thread_count, default=2, help="of PyTorch on the CPU")
+    parser.add_argument("--threads", type=thread_count, default=THREADS, help="of PyTorch on the CPU")
     parser.add_argument("--seconds", type=duration, help="of a measurement; on a GPU 0.05, on the CPU 0.7")
     parser.add_argument("--minutes", type=duration, help=f"start nothing after this long; on a GPU {GPU_MINUTES:g}")
     return parser.parse_args(arguments)

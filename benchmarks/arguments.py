@@ -31,6 +31,7 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
+THREADS = 2  # of PyTorch on the CPU, where none are asked for
 MOST_THREADS = 4096  # more is a slip of the keyboard, and beyond 2^31 no number of threads
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import cot_kernels
 from benchmarks import reports, resources, timing
-from benchmarks.arguments import duration, output_file, thread_count
+from benchmarks.arguments import THREADS, duration, output_file, thread_count
 from benchmarks.cases import Case
 from benchmarks.environment import environment
 from benchmarks.progress import progress
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=output_file, help="JSON file to write")
     parser.add_argument("--figure", type=output_file, help="PNG file to write")
-    parser.add_argument("--threads", type=thread_count, default=2)
+    parser.add_argument("--threads", type=thread_count, default=THREADS)
     parser.add_argument("--seconds", type=duration, default=SECONDS, help="for each loss at each size")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib
 import json
 import math
 import subprocess
@@ -406,6 +407,15 @@ def test_the_cases_run_under_pytest_benchmark() -> None:
     run = subprocess.run(command, cwd=Path(startup.__file__).parents[1], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:]
     assert f"{len(PROVIDERS) - 3} passed, 2 skipped" in run.stdout, run.stdout[-500:]
+
+
+def test_pytest_benchmark_has_the_threads_of_the_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pytest_benchmark")
+    set_to: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    for _ in importlib.import_module("benchmarks.test_cases").threads.__wrapped__():
+        assert set_to == [suite.parse([]).threads]
+    assert set_to[1:] == [torch.get_num_threads()]
 
 
 @pytest.mark.parametrize("name", ["nonsense", "cpu:1", "cuda:x", "cuda:99", ""])
