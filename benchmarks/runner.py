@@ -124,7 +124,7 @@ def missing(providers: Sequence[Provider], device: torch.device) -> dict[str, st
             continue
         try:
             provider.load()
-        except Exception as error:  # another package may raise anything while it is imported
+        except (Exception, SystemExit) as error:  # another package may raise anything while it is imported, and leave
             found[provider.name] = message_of(error)
     return found
 

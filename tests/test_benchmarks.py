@@ -160,13 +160,16 @@ def test_one_that_fails_while_it_is_timed_is_not_asked_again(later: int, error: 
     assert [row.status for row in rows if row.provider == "tireless"] == ["ok"] * 5
 
 
-def test_a_missing_package_is_named_and_the_rest_measured() -> None:
+@pytest.mark.parametrize("error", [ImportError("No module named 'fast_losses'"), SystemExit("no GPU")])
+def test_a_missing_package_is_named_and_the_rest_measured(error: BaseException) -> None:
+    """One that leaves while it is imported, too."""
+
     def missing() -> Any:
-        raise ImportError("No module named 'fast_losses'")
+        raise error
 
     absent = Provider("absent", missing, cross_entropy_sum)
     report = runner.run([CASE], ["fp32"], [absent, provider(F.cross_entropy)], SETTINGS, lambda _: None, lambda _: None)
-    assert report["missing"] == {"absent": "ImportError: No module named 'fast_losses'"}
+    assert report["missing"] == {"absent": f"{type(error).__name__}: {error}"}
     assert {row.provider for row in report["results"]} == {runner.COPY, "measured"}
 
 
