@@ -7,6 +7,7 @@ after its loss and gradient have been held against float64. docs/performance.md 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
 import time
@@ -22,10 +23,11 @@ from benchmarks.ahead import Job, compile_all, jobs, this_machine
 from benchmarks.arguments import THREADS, device_argument, duration, output_file, thread_count
 from benchmarks.cases import DTYPES, GPU_PARTS, PARTS, Case
 from benchmarks.environment import environment
+from benchmarks.gpu_state import state
 from benchmarks.outcome import GPU_MINUTES
 from benchmarks.progress import progress
 from benchmarks.providers import PROVIDERS
-from benchmarks.runner import Row, Settings, run
+from benchmarks.runner import Row, Settings, copy_bandwidth, run
 
 # What is trained in comes first: a run that is out of time lacks the others.
 GPU_DTYPES = ("bf16", "fp32", "fp16")
@@ -74,7 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     cases = cases_of(options.part, options.quick, on_gpu)
     dtypes = options.dtype or (GPU_DTYPES if on_gpu else ("fp32",))
     providers = [each for each in PROVIDERS if not options.provider or each.name in options.provider]
-    about = environment(options.threads, options.device)
+    about: dict[str, Any] = dict(environment(options.threads, options.device))
+    if before := state(device):
+        about["gpu_before"] = before
 
     written: set[tuple[str, str]] = set()  # cases, each in one dtype
     partial: Path | None = reports.beside(options.output) if options.output else None
@@ -92,6 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         with progress(len(ahead) + len(cases) * len(dtypes) * len(providers)) as advance:
             compile_all(ahead, settings.deadline, advance)
             report = run(cases, dtypes, providers, settings, advance, save)
+        # The roof was measured before the first case: by how much has it moved?
+        with contextlib.suppress(torch.OutOfMemoryError):
+            report["copy_bandwidth_after"] = copy_bandwidth(settings)
+        if after := state(device):
+            about["gpu_after"] = after
+        save(report)
     except KeyboardInterrupt:
         said = (
             f"{len(written)} of {len(cases) * len(dtypes)} cases are in {partial}" if written else "nothing is written"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import correctness, resources, timing
+from benchmarks import correctness, gpu_state, resources, timing
 
 
 def test_steps_take_turns_through_the_buffers_and_warm_up_uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,6 +33,58 @@ def test_steps_take_turns_through_the_buffers_and_warm_up_uncounted(monkeypatch:
     assert times == {"fast": [1.0] * 8, "slow": [2.0] * 4}  # 4 seconds of each in a round
     a_round = [*(("fast", index) for index in (0, 1, 2, 0, 1)), *(("slow", index) for index in (0, 1, 2))]
     assert called == [("fast", 0), ("fast", 0), ("slow", 0), ("slow", 0), *a_round, *a_round]
+
+
+def test_a_gpu_is_warmed_up_uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a quarter of the time that is counted, whatever a call takes; here a millisecond, on a clock of its own."""
+    calls = 0
+
+    class Event:
+        def record(self) -> None:
+            self.at = calls
+
+        def elapsed_time(self, later: Event) -> float:
+            return float(later.at - self.at)
+
+    def step(index: int) -> None:
+        nonlocal calls
+        calls += 1
+
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: Event())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert timing.device_times(step, buffers=3, seconds=0.1) == [1e-3] * 100
+    assert calls == 3 + 5 + 25 + 100
+
+
+def test_the_state_of_a_gpu_is_what_the_machine_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without what its driver does not know, or all of it."""
+    assert gpu_state.state(torch.device("cpu")) == {}
+    answers = {
+        "clocks.sm": "1980\n",
+        "power.draw": "412.50\n",
+        "clocks_throttle_reasons.active": "0x0000000000000004\n",
+    }
+    asked: list[str] = []
+
+    def run(command: tuple[str, ...], **_: Any) -> SimpleNamespace:
+        asked.append(command[1])
+        field = command[2].partition("=")[2]
+        return SimpleNamespace(stdout=answers.get(field, f'Field "{field}" is not a valid field to query.'))
+
+    def none(*_: Any, **__: Any) -> SimpleNamespace:
+        raise FileNotFoundError("nvidia-smi")
+
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1-2"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(gpu_state, "_CALLS", 1)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: empty(1))
+    monkeypatch.setattr(subprocess, "run", run)
+    assert gpu_state.state(cuda) == {"sm_mhz": 1980.0, "watts": 412.5, "throttled": "0x0000000000000004"}
+    assert set(asked) == {"--id=GPU-1-2"}
+    monkeypatch.setattr(subprocess, "run", none)
+    assert gpu_state.state(cuda) == {}
 
 
 def test_quantiles() -> None:

@@ -236,6 +236,20 @@ def test_what_there_was_no_time_for_is_written_too(tmp_path: Path) -> None:
     assert {row["case"] for row in written} == {case.name for case in PARTS["quick"]}
 
 
+def test_the_roof_and_the_gpu_are_looked_at_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, states = tmp_path / "quick.json", iter([{"sm_mhz": 1980.0}, {"sm_mhz": 1400.0}])
+    monkeypatch.setattr(suite, "state", lambda device: next(states))
+    options = ["--quick", "--device", "cpu", "--threads", "1", "--provider", "F.cross_entropy"]
+    suite.main([*options, "--output", str(output)])
+    written = json.loads(output.read_text())
+    assert written["copy_bandwidth_after"].keys() == written["copy_bandwidth"].keys()
+    assert written["copy_bandwidth_after"]["roof"] > 0
+    assert [written["environment"][key] for key in ("gpu_before", "gpu_after")] == [
+        {"sm_mhz": 1980.0},
+        {"sm_mhz": 1400.0},
+    ]
+
+
 def interrupted(output: Path, monkeypatch: pytest.MonkeyPatch) -> int | str | None:
     """What a run ends with that is stopped in its second case."""
     rows = runner._rows_of
