@@ -180,7 +180,7 @@ def test_measured_kernels_are_drawn() -> None:
     lines = {line.get_label(): line for line in figure.axes[1].lines}
     both = [row for row in rows if (row["dtype"], row["layout"]) == ("bf16", "rows") and row["classes"] % 8 == 0]
     assert list(lines["both passes, with all launches"].get_ydata()) == [row["both_share"] for row in both]
-    assert len(lines["predicted, both passes"].get_xdata()) > 20
+    assert len(lines["predicted of the kernels of now"].get_xdata()) > 20
 
 
 @pytest.mark.parametrize("name", ["compile_report", "widths"])
