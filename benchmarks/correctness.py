@@ -1,8 +1,8 @@
 """Does a provider compute what it claims? Its loss and gradient beside the formula in float64.
 
 The loss is compared over all rows; the gradient entry by entry in a few rows, spread over the problem, and in every
-row by its product with a vector of random signs: the mean square of such a product is that of the row's entries, so
-that a single row that is not written shows, and no gradient in float64 need be held.
+row by its length and its product with a vector of random signs, whose mean square is that of the row's entries. So a
+single row that is not written shows, unless a provider rounds each operation, and no gradient in float64 need be held.
 """
 
 from __future__ import annotations
@@ -28,14 +28,19 @@ _CHUNK = {"cpu": 1 << 19, "cuda": 1 << 23}  # logits that are in float64 at a ti
 @dataclass(frozen=True)
 class Truth:
     """The mean loss of all rows, and its gradient, in float64: ``picked`` rows of it whole, [rows, classes], and of
-    all rows the product with ``signs``, [rows]."""
+    all rows the product with ``signs`` and the length, [rows] each."""
 
     loss: float
     picked: Tensor
     gradient: Tensor
     signs: Tensor
     products: Tensor
-    length: float  # of the gradient of a row, in the root mean square
+    lengths: Tensor
+
+    @property
+    def length(self) -> float:
+        """Of the gradient of a row, in the root mean square."""
+        return float(self.lengths.square().mean().sqrt())
 
 
 @dataclass(frozen=True)
@@ -60,19 +65,19 @@ def truth(formula: Loss, logits: Tensor, target: Tensor) -> Truth:
     rows, targets = as_rows(logits.detach()), target.reshape(-1)
     count, classes = rows.shape
     signs = torch.randint(2, (classes,), generator=torch.Generator().manual_seed(0)).to(rows.device).double() * 2 - 1
-    total, squares = torch.zeros((2,), dtype=torch.float64, device=rows.device).unbind()
-    products = []
+    total = torch.zeros((), dtype=torch.float64, device=rows.device)
+    products, lengths = [], []
     for some, wanted in zip(_chunks(rows), _chunks(targets, classes), strict=True):
         leaf = some.double().requires_grad_()
         value = formula(leaf, wanted)
         (gradient,) = torch.autograd.grad(value / count, leaf)
-        total, squares = total + value.detach(), squares + gradient.square().sum()
+        total += value.detach()
         products.append(gradient @ signs)
+        lengths.append(gradient.norm(dim=1))
     picked = torch.linspace(0, count - 1, min(ROWS, count), device=logits.device).long()
     leaf = rows[picked].double().requires_grad_()
     (gradient,) = torch.autograd.grad(formula(leaf, targets[picked]) / count, leaf)
-    length = math.sqrt(float(squares) / count)
-    return Truth(float(total) / count, picked, gradient, signs, torch.cat(products), length)
+    return Truth(float(total) / count, picked, gradient, signs, torch.cat(products), torch.cat(lengths))
 
 
 def _chunks(rows: Tensor, classes: int | None = None) -> tuple[Tensor, ...]:
@@ -88,14 +93,16 @@ def errors(loss: Loss, logits: Tensor, target: Tensor, true: Truth) -> Errors:
     upstream = _upstream(value.dtype, true.gradient)
     (gradient,) = torch.autograd.grad(value, leaf, torch.full_like(value, upstream))
     found = as_rows(gradient)
-    products = torch.cat([some.double() @ true.signs for some in _chunks(found)]) / upstream
+    seen = [(some @ true.signs, some.norm(dim=1)) for some in (some.double() for some in _chunks(found))]
+    products, lengths = (torch.cat(each) / upstream for each in zip(*seen, strict=True))
     beside = products - true.products
-    whole = float(beside.norm()) / (true.length * math.sqrt(len(products)))
+    whole = float(beside.norm() / true.lengths.norm())
+    row = float(torch.maximum(beside.abs(), (lengths - true.lengths).abs()).max()) / true.length
     picked = float((found[true.picked].double() / upstream - true.gradient).norm() / true.gradient.norm())
     loss_error = abs(float(value.detach()) - true.loss) / abs(true.loss)
     # Of NaN and a number Python's max may be either.
     of_gradient = max(whole, picked) if math.isfinite(whole + picked) else math.nan
-    return Errors(_finite(loss_error), _finite(of_gradient), _finite(float(beside.abs().max()) / true.length))
+    return Errors(_finite(loss_error), _finite(of_gradient), _finite(row))
 
 
 def _upstream(dtype: torch.dtype, gradient: Tensor) -> float:

@@ -45,7 +45,8 @@ class Emulated:
                     value = allocated[first][0] + value.data_ptr() - first
                 values.append(float(value) if kind == "fp64" else int(value))
             # In place, accesses that rows share are read by one program and written by another: what that writes is
-            # no part of the row that the first is after.
+            # no part of the row that the first is after. Nor do the two warps of one row wait for each other: what is
+            # written class by class at its ends is written by a thread that has read it itself.
             in_place = self.kernel.__name__ == "gradient_kernel" and given["grad_pointer"] is given["logits_pointer"]
             compiled_for = compiled.metadata
             ptx.launch(

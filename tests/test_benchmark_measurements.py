@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import correctness, gpu_state, resources, timing
+from cot_kernels import complement_entropy, reference
 
 
 def test_steps_take_turns_through_the_buffers_and_warm_up_uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +153,38 @@ class _Spoiled(torch.autograd.Function):
         ones = F.one_hot(target, logits.shape[1])
         gradient = (logits.softmax(1) - ones) * kept[:, None] * upstream / len(logits)
         return gradient, None, None
+
+
+class _Zeroed(torch.autograd.Function):
+    """A loss whose gradient is 0 in one row."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, row: int) -> Tensor:
+        ctx.save_for_backward(logits, target)
+        ctx.row = row
+        return complement_entropy(logits.detach(), target)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        logits, target = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(complement_entropy(leaf, target), leaf, upstream)
+        gradient[ctx.row] = 0
+        return gradient, None, None
+
+
+def test_any_row_of_zeros_shows_in_bfloat16() -> None:
+    """Whatever its product with the signs is."""
+    logits, target = torch.randn(300, 1000).bfloat16(), torch.randint(1000, (300,))
+    true = correctness.truth(partial(reference.complement_entropy, reduction="sum"), logits, target)
+    tolerance = correctness.tolerance(torch.bfloat16, False)
+    assert correctness.errors(complement_entropy, logits, target, true).within(tolerance)
+    least = int(true.products.abs().argmin())
+    assert float(true.products[least].abs()) < 0.01 * true.length
+    for row in (least, 0, 100):
+        errors = correctness.errors(lambda *of: _Zeroed.apply(*of, row), logits, target, true)  # noqa: B023
+        assert not errors.within(tolerance), (row, errors)
 
 
 @pytest.mark.parametrize("spoiled", ["none", "all but those that are picked", "one program's", "one"])

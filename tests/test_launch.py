@@ -10,7 +10,7 @@ from benchmarks.launches import CLASSES
 from cot_kernels.backends.triton import launch, layout
 from cot_kernels.backends.triton.launch import Tile
 
-SHORT, LONG = 1000, 4096
+SHORT, LONG = 1000, 8192
 
 
 def matrix(classes: int, dtype: torch.dtype = torch.float32, stride: int | None = None, offset: int = 0) -> Tensor:

@@ -61,7 +61,7 @@ def expected(logits: Tensor, target: Tensor, objective: Objective, upstream: Ten
 @on_all_ways
 @each_objective
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("classes", [5, 100, 1024, 1031, 5000])
+@pytest.mark.parametrize("classes", [5, 100, 1024, 1031, 3001, 5000])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_values_and_gradient(
     objective: Objective, dtype: torch.dtype, classes: int, scaled: bool, device: torch.device, sharing: None
